@@ -1,0 +1,199 @@
+//! The list of operations that a device gives: the only seam between models and hardware.
+//!
+//! A model is written once, generic over [`Device`]. All activations are f32, row-major and contiguous; weights
+//! stay in the type they are stored in and every product is accumulated in f32. A new operation goes into this
+//! trait, every device, and the conformance test in one change.
+
+use crate::tensor::HostTensor;
+
+/// Why an operation could not be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A buffer or weight is too short, or of another shape than the operation was told.
+    #[error("{op}: {what} has {actual} elements, {expected} are needed")]
+    Size {
+        /// The operation.
+        op: &'static str,
+        /// Which argument.
+        what: &'static str,
+        /// Elements needed.
+        expected: usize,
+        /// Elements there are.
+        actual: usize,
+    },
+    /// An argument makes no sense (an id outside its table, heads not divisible by key heads, ...).
+    #[error("{op}: {reason}")]
+    Argument {
+        /// The operation.
+        op: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The device has no memory left.
+    #[error("out of memory: {bytes} bytes were asked for")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+}
+
+/// Result of a device operation.
+pub type Result<T> = std::result::Result<T, DeviceError>;
+
+/// Element-wise functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// x
+    Identity,
+    /// x·Φ(x), the exact (erf) form.
+    Gelu,
+    /// GELU's tanh approximation (SigLIP).
+    GeluTanh,
+    /// x·sigmoid(x)
+    Silu,
+    /// 1 / (1 + exp(-x))
+    Sigmoid,
+    /// tanh(x)
+    Tanh,
+    /// max(x, 0)
+    Relu,
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Independent sequences, one behind the other in every buffer.
+    pub batch: usize,
+    /// Queries a sequence.
+    pub queries: usize,
+    /// Keys (and values) a sequence.
+    pub keys: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; `heads` is a multiple of it (grouped-query attention).
+    pub key_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Query `i` sees keys `0 ..= keys - queries + i` only.
+    pub causal: bool,
+    /// Factor on q·k, mostly `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// How [`Device::unfold`] walks over a channels-last volume. Axes are (time, row, column).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unfold {
+    /// Size of the input, without channels.
+    pub size: [usize; 3],
+    /// Channels of the input.
+    pub channels: usize,
+    /// Size of the kernel.
+    pub kernel: [usize; 3],
+    /// Step of the kernel.
+    pub stride: [usize; 3],
+    /// Zeros before the first element of each axis.
+    pub pad_before: [usize; 3],
+    /// Zeros behind the last element of each axis.
+    pub pad_after: [usize; 3],
+}
+
+impl Unfold {
+    /// Positions of the kernel on each axis.
+    pub fn output(&self) -> [usize; 3] {
+        std::array::from_fn(|i| {
+            (self.size[i] + self.pad_before[i] + self.pad_after[i]).saturating_sub(self.kernel[i]) / self.stride[i] + 1
+        })
+    }
+
+    /// Elements of a column: `channels · kernel volume`.
+    pub fn column(&self) -> usize {
+        self.channels * self.kernel.iter().product::<usize>()
+    }
+}
+
+/// Every arithmetic operation of the model family.
+///
+/// Buffers hold f32 and may be longer than an operation needs; what lies behind is left alone. Sizes are checked
+/// on every call: a mismatch is a [`DeviceError::Size`], never a panic. `&Buffer` arguments of one call may be the
+/// same buffer, an output never is one of the inputs.
+pub trait Device: Clone + Send + Sync + 'static {
+    /// f32 activations on the device.
+    type Buffer: Send + Sync;
+    /// A weight ready for use: on the CPU a view of the mapped file, elsewhere an upload.
+    type Weight: Clone + Send + Sync;
+
+    /// What the device is, for logs: instruction set and threads, or GPU name and driver.
+    fn describe(&self) -> String;
+
+    /// `len` zeros.
+    fn allocate(&self, len: usize) -> Result<Self::Buffer>;
+    /// Elements of a buffer.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Host to device: `to[offset ..] = data`.
+    fn write(&self, data: &[f32], to: &mut Self::Buffer, offset: usize) -> Result<()>;
+    /// Device to host: `out = from[offset ..]`.
+    fn read(&self, from: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<()>;
+    /// `to[to_offset .. +len] = from[from_offset .. +len]`.
+    fn copy(&self, from: &Self::Buffer, from_offset: usize, to: &mut Self::Buffer, to_offset: usize, len: usize) -> Result<()>;
+    /// Makes a stored weight usable. On the CPU this copies nothing.
+    fn weight(&self, tensor: &HostTensor) -> Result<Self::Weight>;
+
+    /// `out[offset + i·width ..] = table[ids[i]]`; table `[rows, width]`.
+    fn embed(&self, table: &Self::Weight, ids: &[u32], out: &mut Self::Buffer, offset: usize) -> Result<()>;
+    /// `out = activation(x · weightᵀ + bias)`: x `[rows, in]`, weight `[out, in…]` (trailing dimensions are one),
+    /// bias `[out]`, out `[rows, out]`.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        activation: Activation,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `out = (x - mean) / sqrt(variance + eps) · weight + bias` over each row of `[rows, width]`, width from `weight`.
+    fn layer_norm(&self, x: &Self::Buffer, rows: usize, weight: &Self::Weight, bias: &Self::Weight, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    /// `out = x / sqrt(mean(x²) + eps) · weight` over each row of `[rows, width]`.
+    fn rms_norm(&self, x: &Self::Buffer, rows: usize, weight: &Self::Weight, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    /// `x[i] = activation(x[i])` for the first `len` elements.
+    fn activate(&self, activation: Activation, x: &mut Self::Buffer, len: usize) -> Result<()>;
+    /// `x[i] += y[i]` for the first `len` elements.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize) -> Result<()>;
+    /// `x[i] *= y[i]` for the first `len` elements.
+    fn multiply(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize) -> Result<()>;
+    /// `x[r, :] += table[(first + r) mod table rows, :]`: position embeddings over `rows` rows of `x`.
+    fn add_positions(&self, x: &mut Self::Buffer, rows: usize, table: &Self::Weight, first: usize) -> Result<()>;
+    /// `out = softmax` over each row of `[rows, width]`.
+    fn softmax(&self, x: &Self::Buffer, rows: usize, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// Rotary positions in the half-split form of Qwen2 (Su et al. 2021): `x [rows, heads · head_dim]`, row `r` at
+    /// position `first + r`.
+    fn rope(&self, x: &mut Self::Buffer, rows: usize, heads: usize, head_dim: usize, first: usize, theta: f32) -> Result<()>;
+    /// Softmax attention. q `[batch, queries, heads · head_dim]`, k and v `[batch, keys, key_heads · head_dim]`,
+    /// out as q. With `batch = 1`, k and v may be caches longer than `keys`.
+    fn attention(&self, q: &Self::Buffer, k: &Self::Buffer, v: &Self::Buffer, shape: AttentionShape, out: &mut Self::Buffer) -> Result<()>;
+
+    /// Turns a convolution into [`Device::linear`]: channels-last input `[t, h, w, channels]` to columns
+    /// `[t', h', w', channels · kt · kh · kw]` in the order of PyTorch's convolution weights (channel first).
+    fn unfold(&self, x: &Self::Buffer, unfold: Unfold, out: &mut Self::Buffer) -> Result<()>;
+    /// Depthwise 3×3 convolution, stride 1, one zero around: x and out `[frames, height, width, channels]`, weight
+    /// `[channels, 1, 3, 3]`, bias `[channels]` or none.
+    fn depthwise3x3(
+        &self,
+        x: &Self::Buffer,
+        size: [usize; 3],
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Mean over each of `groups` runs of `per_group` rows: x `[groups, per_group, width]` → out `[groups, width]`.
+    fn mean_rows(&self, x: &Self::Buffer, groups: usize, per_group: usize, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// `x[g, r, :] *= factor[g, :]`: x `[groups, per_group, width]`, factor `[groups, width]`.
+    fn scale_groups(&self, x: &mut Self::Buffer, groups: usize, per_group: usize, width: usize, factor: &Self::Buffer) -> Result<()>;
+    /// Bilinear resize as torch's `interpolate(align_corners=False, antialias=False)`: x `[frames, from.0, from.1,
+    /// channels]` → out `[frames, to.0, to.1, channels]`.
+    fn bilinear(&self, x: &Self::Buffer, frames: usize, from: (usize, usize), to: (usize, usize), channels: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// `out[i] = Σ_j weights[j] · parts[j][i]` for the first `len` elements.
+    fn weighted_sum(&self, parts: &[&Self::Buffer], weights: &[f32], len: usize, out: &mut Self::Buffer) -> Result<()>;
+}

@@ -1,0 +1,11 @@
+//! Candor's arithmetic: every operation of the model family, once per device.
+//!
+//! [`Device`] is the list of operations; [`cpu`] implements it on the CPU. Nothing here knows of models.
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+pub mod cpu;
+pub mod device;
+pub mod tensor;
+
+pub use device::{Activation, AttentionShape, Device, DeviceError, Unfold};
+pub use tensor::{DType, HostTensor};

@@ -1,0 +1,2 @@
+//! The command line: `candor --help` explains itself.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Cameras and files in, windows of frames out.

@@ -1,0 +1,1 @@
+//! The model family: towers, projectors, gate and decoder, written once over `Device`.

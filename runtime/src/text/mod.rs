@@ -1,0 +1,1 @@
+//! Tokenizer, chat template, sampling, and the output grammar.

@@ -1,0 +1,1 @@
+//! The Emotional Rationale Verifier: sentences, labels, reward and verdict.

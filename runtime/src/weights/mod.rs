@@ -1,0 +1,1 @@
+//! Memory-mapped safetensors, checked before use.

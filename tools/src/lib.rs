@@ -1,0 +1,2 @@
+//! Workstation tools of Candor: data sets, fine-tuning, conversion and evaluation.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! `candor-tools --help` explains itself.
+fn main() {}
