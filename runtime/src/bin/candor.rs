@@ -1,2 +1,0 @@
-//! The command line: `candor --help` explains itself.
-fn main() {}

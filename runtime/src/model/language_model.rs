@@ -1,0 +1,46 @@
+//! What generation needs of a decoder: append tokens, read logits, roll back.
+
+use candor_kernels::DeviceError;
+
+/// Why a decoder could not go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// The key-value cache has no room left.
+    #[error("the key-value cache holds {capacity} positions; {needed} are needed")]
+    Full {
+        /// Positions the cache was made for.
+        capacity: usize,
+        /// Positions needed.
+        needed: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {id} is outside the vocabulary of {vocabulary}")]
+    Token {
+        /// The id.
+        id: u32,
+        /// Rows of the embedding table.
+        vocabulary: usize,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// A decoder with a key-value cache that already holds the prompt.
+pub trait LanguageModel {
+    /// Rows of the output head, and so the length of every logits slice.
+    fn vocabulary(&self) -> usize;
+    /// Positions in the cache.
+    fn position(&self) -> usize;
+    /// Positions the cache can hold.
+    fn capacity(&self) -> usize;
+    /// Appends tokens (at least one) and returns the logits `[vocabulary]` after the last of them.
+    fn append(&mut self, tokens: &[u32]) -> Result<&[f32], DecodeError>;
+    /// The logits after the last position in the cache, as the call that put it there left them.
+    /// After [`LanguageModel::truncate`] they are recomputed by the implementation or restored.
+    fn logits(&self) -> &[f32];
+    /// Forgets everything behind `position` (rolls the cache back). The logits become those after
+    /// `position - 1`; an implementation may recompute that one position.
+    fn truncate(&mut self, position: usize) -> Result<(), DecodeError>;
+}
