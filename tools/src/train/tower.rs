@@ -39,7 +39,7 @@ const HEAD_RATE: f32 = 10.0;
 /// Steps between two validations.
 const VALIDATE_EVERY: u64 = 100;
 /// Time between two checkpoints.
-const SAVE_EVERY: Duration = Duration::from_secs(240);
+const SAVE_EVERY: Duration = Duration::from_secs(180);
 
 /// A stretch of training at one picture size: `SIDE:PASSES`, as `84:1.5`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -587,9 +587,9 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
     let steps_of = |stage: &Stage| (stage.passes * train.len() as f64 / BATCH as f64).round() as u64;
     let total: u64 = args.stages.iter().map(steps_of).sum();
     ensure!(total > 0, "the stages are empty");
+    // The stages are left out: a run may go on with other ones, to end sooner or later.
     let recipe = format!(
-        "tower {:?} layers {} rate {} layer decay {} weight decay {} smoothing {} cues {} seed {} threads {} faces {}",
-        args.stages,
+        "tower layers {} rate {} layer decay {} weight decay {} smoothing {} cues {} seed {} threads {} faces {}",
         args.layers,
         args.rate,
         args.layer_decay,
@@ -730,4 +730,95 @@ pub fn stop_on_interrupt() -> &'static AtomicBool {
         log::warn!("an interrupt will lose the steps since the last checkpoint: {error}");
     }
     &STOP
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use std::collections::HashMap;
+
+    fn config() -> TowerConfig {
+        TowerConfig {
+            hidden_size: 12,
+            num_hidden_layers: 2,
+            num_attention_heads: 3,
+            intermediate_size: 20,
+            image_size: 112,
+            patch_size: 14,
+            hidden_act: "gelu".into(),
+            layer_norm_eps: 1e-6,
+        }
+    }
+
+    fn random(len: usize, scale: f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
+        (0..len).map(|_| rng.random_range(-scale..scale)).collect()
+    }
+
+    fn faces(count: usize) -> Faces {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("faces.safetensors");
+        candle_core::safetensors::save(&tensors(count), &path).unwrap();
+        Faces::open(&path, "train").unwrap()
+    }
+
+    fn tensors(count: usize) -> HashMap<String, Tensor> {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut all = HashMap::new();
+        for part in ["train", "val"] {
+            let images: Vec<u8> = (0..count * 48 * 48).map(|_| rng.random()).collect();
+            let labels: Vec<u8> = (0..count).map(|i| (i % 7) as u8).collect();
+            let valid: Vec<u8> = (0..count).map(|i| u8::from(i % 3 != 0)).collect();
+            let cues = random(count * 9, 2.0, &mut rng);
+            let device = &Device::Cpu;
+            all.insert(format!("{part}.images"), Tensor::from_vec(images, (count, 48, 48), device).unwrap());
+            all.insert(format!("{part}.labels"), Tensor::from_vec(labels, count, device).unwrap());
+            all.insert(format!("{part}.cues"), Tensor::from_vec(cues, (count, 9), device).unwrap());
+            all.insert(format!("{part}.cues_valid"), Tensor::from_vec(valid, count, device).unwrap());
+        }
+        all
+    }
+
+    /// The whole chain, from pixels to losses, against finite differences, at both grids.
+    #[test]
+    fn gradients_equal_finite_differences() {
+        let tower = Tower::new(config(), 2, 0.9).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let mut values = random(tower.plan.len(), 0.4, &mut rng);
+        let faces = faces(3);
+        let share = Share { batch: 3, valid: 2, smoothing: 0.1, cue_weight: 0.7 };
+        for side in [84, 112] {
+            let geometry = Geometry::new(&tower.config, side).unwrap();
+            let mut worker = Worker::default();
+            worker.pixels = random(3 * side * side, 1.0, &mut rng);
+            let mut loss = |values: &[f32], worker: &mut Worker| {
+                tower.forward(values, &geometry, 3, worker);
+                let losses = tower.losses(&faces, &[0, 1, 2], share, worker);
+                losses.label + losses.cues
+            };
+            loss(&values, &mut worker);
+            let mut gradients = vec![0.0; values.len()];
+            tower.backward(&values, &mut gradients, &geometry, 3, &mut worker);
+            for entry in tower.plan.entries() {
+                // Along a random direction within each tensor, so that every element counts.
+                let direction = random(entry.range.len(), 1.0, &mut rng);
+                let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+                let along = gradients[entry.range.clone()].iter().zip(&direction);
+                let along: f32 = along.map(|(g, d)| g * d / length).sum();
+                let kept = values[entry.range.clone()].to_vec();
+                let mut at = |shift: f32, values: &mut [f32]| {
+                    for ((value, kept), d) in values[entry.range.clone()].iter_mut().zip(&kept).zip(&direction) {
+                        *value = kept + shift * d / length;
+                    }
+                    loss(values, &mut worker)
+                };
+                let step = 4e-3;
+                let slope = (at(step, &mut values) - at(-step, &mut values)) / f64::from(2.0 * step);
+                values[entry.range.clone()].copy_from_slice(&kept);
+                let error = (slope - f64::from(along)).abs();
+                assert!(error < 2e-3 + 0.03 * slope.abs(), "{} at {side}: {along} against {slope}", entry.name);
+            }
+        }
+    }
 }
