@@ -2,6 +2,7 @@
 //!
 //! The scaling is Pillow's antialiased bicubic on 8-bit pictures to the last bit (`Image.resize(..., BICUBIC)`), because that is
 //! what the models were trained behind: two passes, weights in 22-bit fixed point, 8-bit values between the passes.
+//! The goldens are Pillow 13's.
 
 use std::borrow::Borrow;
 
@@ -9,6 +10,9 @@ use super::frame::{Frame, FrameError};
 
 /// Bits behind the point of a weight: 32 less 8 for the value and 2 for the sum's overshoot.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
+
+/// One half, which the sum starts with so that cutting the fraction off rounds.
+const ROUNDING: i32 = 1 << (PRECISION_BITS - 1);
 
 /// Half-width of the bicubic kernel in source pixels at scale 1.
 const BICUBIC_SUPPORT: f64 = 2.0;
@@ -81,46 +85,44 @@ fn to_u8(sum: i32) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
-/// Scales a picture `[height, width, CHANNELS]` to `[out_height, out_width, CHANNELS]` exactly as Pillow's BICUBIC does.
-/// `pixels` must hold `width * height * CHANNELS` bytes, and no side may be zero.
-pub(crate) fn resize_bicubic<const CHANNELS: usize>(
-    pixels: &[u8],
-    (width, height): (usize, usize),
-    (out_width, out_height): (usize, usize),
-) -> Vec<u8> {
-    let half = 1i32 << (PRECISION_BITS - 1);
-    let rows = if width == out_width {
-        pixels.to_vec()
-    } else {
-        let axis = Axis::new(width, out_width);
-        let mut out = vec![0u8; out_width * height * CHANNELS];
-        for (source, target) in pixels.chunks_exact(width * CHANNELS).zip(out.chunks_exact_mut(out_width * CHANNELS)) {
-            for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
-                let (first, weights) = axis.at(x);
-                let mut sums = [half; CHANNELS];
-                for (weight, value) in weights.iter().zip(source[first * CHANNELS..].chunks_exact(CHANNELS)) {
-                    for (sum, value) in sums.iter_mut().zip(value) {
-                        *sum += weight * i32::from(*value);
-                    }
-                }
-                for (value, sum) in pixel.iter_mut().zip(sums) {
-                    *value = to_u8(sum);
+/// Scales every row: `[height, width, CHANNELS]` to `[height, out_width, CHANNELS]`.
+fn resize_rows<const CHANNELS: usize>(pixels: &[u8], width: usize, out_width: usize) -> Vec<u8> {
+    if width == out_width {
+        return pixels.to_vec();
+    }
+    let axis = Axis::new(width, out_width);
+    let height = pixels.len() / (width * CHANNELS);
+    let mut out = vec![0u8; out_width * height * CHANNELS];
+    for (source, target) in pixels.chunks_exact(width * CHANNELS).zip(out.chunks_exact_mut(out_width * CHANNELS)) {
+        for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
+            let (first, weights) = axis.at(x);
+            let mut sums = [ROUNDING; CHANNELS];
+            for (weight, value) in weights.iter().zip(source[first * CHANNELS..].chunks_exact(CHANNELS)) {
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum += weight * i32::from(*value);
                 }
             }
+            for (value, sum) in pixel.iter_mut().zip(sums) {
+                *value = to_u8(sum);
+            }
         }
-        out
-    };
+    }
+    out
+}
+
+/// Scales every column: `[height, row_bytes]` to `[out_height, row_bytes]`.
+fn resize_columns(pixels: &[u8], row_bytes: usize, out_height: usize) -> Vec<u8> {
+    let height = pixels.len() / row_bytes;
     if height == out_height {
-        return rows;
+        return pixels.to_vec();
     }
     let axis = Axis::new(height, out_height);
-    let row_bytes = out_width * CHANNELS;
     let mut out = vec![0u8; row_bytes * out_height];
-    let mut sums = vec![half; row_bytes];
+    let mut sums = vec![ROUNDING; row_bytes];
     for (y, target) in out.chunks_exact_mut(row_bytes).enumerate() {
         let (first, weights) = axis.at(y);
-        sums.fill(half);
-        for (weight, source) in weights.iter().zip(rows[first * row_bytes..].chunks_exact(row_bytes)) {
+        sums.fill(ROUNDING);
+        for (weight, source) in weights.iter().zip(pixels[first * row_bytes..].chunks_exact(row_bytes)) {
             for (sum, value) in sums.iter_mut().zip(source) {
                 *sum += weight * i32::from(*value);
             }
@@ -130,6 +132,26 @@ pub(crate) fn resize_bicubic<const CHANNELS: usize>(
         }
     }
     out
+}
+
+/// Scales a picture `[height, width, CHANNELS]` to `[out_height, out_width, CHANNELS]` exactly as Pillow's BICUBIC does.
+/// `pixels` must hold `width * height * CHANNELS` bytes, and no side may be zero.
+pub(crate) fn resize_bicubic<const CHANNELS: usize>(
+    pixels: &[u8],
+    (width, height): (usize, usize),
+    (out_width, out_height): (usize, usize),
+) -> Vec<u8> {
+    // The order of the passes shows in the last bit. Pillow 13 does columns first where the height shrinks by more than
+    // twice what the width does; older versions always did rows first (but for pictures a hundred times as high as wide).
+    let shrinks = |from: usize, to: usize| from as i64 - to as i64;
+    let columns_first = shrinks(height, out_height) > (2 * shrinks(width, out_width)).max(0);
+    if columns_first {
+        let columns = resize_columns(pixels, width * CHANNELS, out_height);
+        resize_rows::<CHANNELS>(&columns, width, out_width)
+    } else {
+        let rows = resize_rows::<CHANNELS>(pixels, width, out_width);
+        resize_columns(&rows, out_width * CHANNELS, out_height)
+    }
 }
 
 /// Scales RGB pixels `[height, width, 3]` to `[out_height, out_width, 3]`, bit-exact with Pillow's antialiased bicubic.
