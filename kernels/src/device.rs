@@ -136,7 +136,14 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Device to host: `out = from[offset ..]`.
     fn read(&self, from: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<()>;
     /// `to[to_offset .. +len] = from[from_offset .. +len]`.
-    fn copy(&self, from: &Self::Buffer, from_offset: usize, to: &mut Self::Buffer, to_offset: usize, len: usize) -> Result<()>;
+    fn copy(
+        &self,
+        from: &Self::Buffer,
+        from_offset: usize,
+        to: &mut Self::Buffer,
+        to_offset: usize,
+        len: usize,
+    ) -> Result<()>;
     /// Makes a stored weight usable. On the CPU this copies nothing.
     fn weight(&self, tensor: &HostTensor) -> Result<Self::Weight>;
 
@@ -154,9 +161,24 @@ pub trait Device: Clone + Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `out = (x - mean) / sqrt(variance + eps) · weight + bias` over each row of `[rows, width]`, width from `weight`.
-    fn layer_norm(&self, x: &Self::Buffer, rows: usize, weight: &Self::Weight, bias: &Self::Weight, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn layer_norm(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Weight,
+        bias: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out = x / sqrt(mean(x²) + eps) · weight` over each row of `[rows, width]`.
-    fn rms_norm(&self, x: &Self::Buffer, rows: usize, weight: &Self::Weight, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `x[i] = activation(x[i])` for the first `len` elements.
     fn activate(&self, activation: Activation, x: &mut Self::Buffer, len: usize) -> Result<()>;
     /// `x[i] += y[i]` for the first `len` elements.
@@ -169,10 +191,25 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn softmax(&self, x: &Self::Buffer, rows: usize, width: usize, out: &mut Self::Buffer) -> Result<()>;
     /// Rotary positions in the half-split form of Qwen2 (Su et al. 2021): `x [rows, heads · head_dim]`, row `r` at
     /// position `first + r`.
-    fn rope(&self, x: &mut Self::Buffer, rows: usize, heads: usize, head_dim: usize, first: usize, theta: f32) -> Result<()>;
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        rows: usize,
+        heads: usize,
+        head_dim: usize,
+        first: usize,
+        theta: f32,
+    ) -> Result<()>;
     /// Softmax attention. q `[batch, queries, heads · head_dim]`, k and v `[batch, keys, key_heads · head_dim]`,
     /// out as q. With `batch = 1`, k and v may be caches longer than `keys`.
-    fn attention(&self, q: &Self::Buffer, k: &Self::Buffer, v: &Self::Buffer, shape: AttentionShape, out: &mut Self::Buffer) -> Result<()>;
+    fn attention(
+        &self,
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        shape: AttentionShape,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
 
     /// Turns a convolution into [`Device::linear`]: channels-last input `[t, h, w, channels]` to columns
     /// `[t', h', w', channels · kt · kh · kw]` in the order of PyTorch's convolution weights (channel first).
@@ -188,12 +225,34 @@ pub trait Device: Clone + Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// Mean over each of `groups` runs of `per_group` rows: x `[groups, per_group, width]` → out `[groups, width]`.
-    fn mean_rows(&self, x: &Self::Buffer, groups: usize, per_group: usize, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    fn mean_rows(
+        &self,
+        x: &Self::Buffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `x[g, r, :] *= factor[g, :]`: x `[groups, per_group, width]`, factor `[groups, width]`.
-    fn scale_groups(&self, x: &mut Self::Buffer, groups: usize, per_group: usize, width: usize, factor: &Self::Buffer) -> Result<()>;
+    fn scale_groups(
+        &self,
+        x: &mut Self::Buffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        factor: &Self::Buffer,
+    ) -> Result<()>;
     /// Bilinear resize as torch's `interpolate(align_corners=False, antialias=False)`: x `[frames, from.0, from.1,
     /// channels]` → out `[frames, to.0, to.1, channels]`.
-    fn bilinear(&self, x: &Self::Buffer, frames: usize, from: (usize, usize), to: (usize, usize), channels: usize, out: &mut Self::Buffer) -> Result<()>;
+    fn bilinear(
+        &self,
+        x: &Self::Buffer,
+        frames: usize,
+        from: (usize, usize),
+        to: (usize, usize),
+        channels: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out[i] = Σ_j weights[j] · parts[j][i]` for the first `len` elements.
     fn weighted_sum(&self, parts: &[&Self::Buffer], weights: &[f32], len: usize, out: &mut Self::Buffer) -> Result<()>;
 }
