@@ -2,11 +2,16 @@
 
 pub mod checkpoint;
 pub mod curves;
+pub mod decoder;
 pub mod encoder;
 pub mod faces;
+#[cfg(test)]
+pub(crate) mod gradient_check;
+pub mod layers;
 pub mod ops;
 pub mod optimiser;
 pub mod parameters;
+pub mod projector;
 pub mod schedule;
 pub mod tower;
 
