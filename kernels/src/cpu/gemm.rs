@@ -3,6 +3,7 @@
 //! The scheme is that of Goto and van de Geijn (2008): both operands are copied into panels that lie in memory in the
 //! order the innermost loop reads them, cut so that they stay in the caches, and a register tile of C is built from
 //! them. Any strides are taken; packing makes them the same.
+#![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 #[cfg(target_arch = "x86_64")]
@@ -120,21 +121,57 @@ pub(crate) fn gemm_at(
     if a.cols != b.rows {
         return Err(DeviceError::Size { op: "gemm", what: "the depth of B", expected: a.cols, actual: b.rows });
     }
-    let expected = a.rows.checked_mul(b.cols).unwrap_or(usize::MAX);
+    let expected = a.rows.saturating_mul(b.cols);
     if c.len() != expected {
         return Err(DeviceError::Size { op: "gemm", what: "C", expected, actual: c.len() });
     }
-    match (level, precision) {
+    product_at(level, pool, a, b.transposed(), c, accumulate, precision, |_, _| ());
+    Ok(())
+}
+
+/// The right operand of a product, transposed: `columns` rows as deep as the left operand's.
+pub(crate) trait Columns: Copy + Sync {
+    /// Columns of the product.
+    fn columns(&self) -> usize;
+    /// Packs a part (rows are columns of the product) into panels.
+    #[doc(hidden)]
+    fn pack<T: Tile>(self, tile: T, part: Part, panels: &mut [f32]);
+}
+
+impl Columns for MatrixRef<'_> {
+    fn columns(&self) -> usize {
+        self.rows
+    }
+    fn pack<T: Tile>(self, tile: T, part: Part, panels: &mut [f32]) {
+        tile.pack_columns(self, part, panels);
+    }
+}
+
+/// [`gemm`] with B transposed and of any kind; `finish(piece, column)` is called once on each finished piece of a row
+/// of C, with the column it starts at. Sizes must fit.
+#[allow(clippy::too_many_arguments)] // the operands of a product and how to make it
+pub(crate) fn product_at<B: Columns>(
+    level: Level,
+    pool: &ThreadPool,
+    a: MatrixRef<'_>,
+    b: B,
+    c: &mut [f32],
+    accumulate: bool,
+    precision: Precision,
+    finish: impl Fn(&mut [f32], usize) + Sync,
+) {
+    match level {
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512(simd), precision) => match Avx512Bf16::new() {
-            Some(pairs) if precision == Precision::Bf16 => product(Bf16Tile { pairs }, pool, a, b, c, accumulate),
-            _ => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate),
+        Level::Avx512(simd) => match Avx512Bf16::new() {
+            Some(pairs) if precision == Precision::Bf16 => {
+                product(Bf16Tile { pairs }, pool, a, b, c, accumulate, finish);
+            }
+            _ => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate, finish),
         },
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx2(simd), _) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate),
-        (Level::Portable(simd), _) => product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate),
+        Level::Avx2(simd) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
+        Level::Portable(simd) => product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish),
     }
-    Ok(())
 }
 
 /// NEON has 32 registers, SSE2 has 16.
@@ -144,7 +181,7 @@ const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
 ///
 /// A panel holds, for each step of depth, one packed lane (four bytes) for each row of the tile; lanes hold one f32 or
 /// two bf16 that follow each other in depth. bf16 pairs travel as the bits of an f32.
-trait Tile: Copy + Send + Sync {
+pub(crate) trait Tile: Copy + Send + Sync {
     /// Rows of the tile: lanes a step of a panel of A.
     const ROWS: usize;
     /// Columns of the tile: lanes a step of a panel of B.
@@ -169,14 +206,14 @@ const MAX_TILE: usize = 12 * 32;
 
 /// Rows `first .. first + count` and columns `from .. from + depth` of a matrix.
 #[derive(Clone, Copy)]
-struct Part {
-    first: usize,
-    count: usize,
-    from: usize,
-    depth: usize,
+pub(crate) struct Part {
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+    pub(crate) from: usize,
+    pub(crate) depth: usize,
 }
 
-trait TileOperation {
+pub(crate) trait TileOperation {
     fn run<T: Tile>(self, tile: T);
 }
 
@@ -430,7 +467,7 @@ thread_local! {
 }
 
 /// Runs `code` with `len` elements of a thread's memory that start at a cache line.
-fn with_panels<R>(
+pub(crate) fn with_panels<R>(
     memory: &'static std::thread::LocalKey<Cell<Vec<f32>>>,
     len: usize,
     code: impl FnOnce(&mut [f32]) -> R,
@@ -449,8 +486,16 @@ fn with_panels<R>(
 }
 
 /// The blocked product; sizes are checked.
-fn product<T: Tile>(tile: T, pool: &ThreadPool, a: MatrixRef<'_>, b: MatrixRef<'_>, c: &mut [f32], accumulate: bool) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
+fn product<T: Tile, B: Columns>(
+    tile: T,
+    pool: &ThreadPool,
+    a: MatrixRef<'_>,
+    b: B,
+    c: &mut [f32],
+    accumulate: bool,
+    finish: impl Fn(&mut [f32], usize) + Sync,
+) {
+    let (m, n, k) = (a.rows, b.columns(), a.cols);
     if m == 0 || n == 0 {
         return;
     }
@@ -458,6 +503,7 @@ fn product<T: Tile>(tile: T, pool: &ThreadPool, a: MatrixRef<'_>, b: MatrixRef<'
         if !accumulate {
             c.fill(0.0);
         }
+        c.chunks_exact_mut(n).for_each(|row| finish(row, 0));
         return;
     }
     let shared = SharedSlice::new(c);
@@ -478,11 +524,12 @@ fn product<T: Tile>(tile: T, pool: &ThreadPool, a: MatrixRef<'_>, b: MatrixRef<'
                 let panels_a_task = panels.div_ceil(4 * pool.threads()).max(1);
                 pool.run_chunks(packed_b, panels_a_task * panel, |task, packed| {
                     let first = columns.start + task * panels_a_task * T::COLUMNS;
-                    tile.pack_columns(b.transposed(), Part { first, count: columns.end - first, from, depth }, packed);
+                    b.pack(tile, Part { first, count: columns.end - first, from, depth }, packed);
                 });
                 let packed_b = &*packed_b;
                 // Enough tasks that no thread waits long for the last one.
-                let column_tasks = (4 * pool.threads()).div_ceil(row_tasks).min(panels);
+                let wanted = if pool.threads() == 1 { 1 } else { 4 * pool.threads() };
+                let column_tasks = wanted.div_ceil(row_tasks).min(panels);
                 let panels_a_task = panels.div_ceil(column_tasks);
                 let column_tasks = panels.div_ceil(panels_a_task);
                 pool.run(row_tasks * column_tasks, |task| {
@@ -506,6 +553,13 @@ fn product<T: Tile>(tile: T, pool: &ThreadPool, a: MatrixRef<'_>, b: MatrixRef<'
                             accumulate: accumulate || from > 0,
                         });
                     });
+                    if from + depth == k {
+                        for row in rows {
+                            // SAFETY: tasks have disjoint blocks of C.
+                            let piece = unsafe { shared.range(row * n + task_columns.start, task_columns.len()) };
+                            finish(piece, task_columns.start);
+                        }
+                    }
                 });
             });
         }
@@ -543,7 +597,9 @@ mod tests {
     fn matches_the_definition_at_every_level() {
         let seed = 7;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let sizes = [(1, 1, 1), (5, 7, 3), (12, 32, 16), (13, 33, 17), (50, 65, 401), (197, 100, 385), (3, 1601, 9)];
+        // Odd ones, and ones that cross each block: 192 rows, 384 and 768 of depth, 1536 columns.
+        let sizes =
+            [(1, 1, 1), (5, 7, 3), (12, 32, 16), (25, 65, 33), (197, 9, 20), (6, 33, 401), (3, 5, 801), (2, 1601, 9)];
         for threads in [1, 3] {
             let pool = ThreadPool::new(Some(threads));
             for level in ["portable", "avx2", "avx512"].into_iter().filter_map(Level::named) {
