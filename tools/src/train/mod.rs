@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod curves;
+pub mod decoder;
 pub mod encoder;
 pub mod faces;
 pub mod ops;
