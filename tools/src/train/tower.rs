@@ -736,6 +736,7 @@ pub fn stop_on_interrupt() -> &'static AtomicBool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::train::parameters::check_gradients;
     use candle_core::{Device, Tensor};
     use std::collections::HashMap;
 
@@ -790,9 +791,9 @@ mod tests {
         let share = Share { batch: 3, valid: 2, smoothing: 0.1, cue_weight: 0.7 };
         for side in [84, 112] {
             let geometry = Geometry::new(&tower.config, side).unwrap();
-            let mut worker = Worker::default();
-            worker.pixels = random(3 * side * side, 1.0, &mut rng);
-            let mut loss = |values: &[f32], worker: &mut Worker| {
+            let pixels = random(3 * side * side, 1.0, &mut rng);
+            let mut worker = Worker { pixels, ..Worker::default() };
+            let loss = |values: &[f32], worker: &mut Worker| {
                 tower.forward(values, &geometry, 3, worker);
                 let losses = tower.losses(&faces, &[0, 1, 2], share, worker);
                 losses.label + losses.cues
@@ -800,25 +801,7 @@ mod tests {
             loss(&values, &mut worker);
             let mut gradients = vec![0.0; values.len()];
             tower.backward(&values, &mut gradients, &geometry, 3, &mut worker);
-            for entry in tower.plan.entries() {
-                // Along a random direction within each tensor, so that every element counts.
-                let direction = random(entry.range.len(), 1.0, &mut rng);
-                let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
-                let along = gradients[entry.range.clone()].iter().zip(&direction);
-                let along: f32 = along.map(|(g, d)| g * d / length).sum();
-                let kept = values[entry.range.clone()].to_vec();
-                let mut at = |shift: f32, values: &mut [f32]| {
-                    for ((value, kept), d) in values[entry.range.clone()].iter_mut().zip(&kept).zip(&direction) {
-                        *value = kept + shift * d / length;
-                    }
-                    loss(values, &mut worker)
-                };
-                let step = 4e-3;
-                let slope = (at(step, &mut values) - at(-step, &mut values)) / f64::from(2.0 * step);
-                values[entry.range.clone()].copy_from_slice(&kept);
-                let error = (slope - f64::from(along)).abs();
-                assert!(error < 2e-3 + 0.03 * slope.abs(), "{} at {side}: {along} against {slope}", entry.name);
-            }
+            check_gradients(&tower.plan, &mut values, &gradients, |values| loss(values, &mut worker));
         }
     }
 }
