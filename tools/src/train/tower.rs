@@ -34,8 +34,10 @@ const CELLS: usize = 4;
 const WARM_UP: u64 = 60;
 /// Largest norm of a step's gradient.
 const CLIP: f32 = 1.0;
-/// Factor on the learning rate of the heads, which start from nothing.
-const HEAD_RATE: f32 = 10.0;
+/// Factor on the learning rate of the label head, which starts from nothing.
+const LABEL_RATE: f32 = 5.0;
+/// Factor on the learning rate of the cue head: so many inputs move together that larger steps would shake the tower.
+const CUES_RATE: f32 = 0.3;
 /// Steps between two validations.
 const VALIDATE_EVERY: u64 = 100;
 /// Time between two checkpoints.
@@ -285,8 +287,8 @@ impl Tower {
         let encoder =
             Encoder::new(&mut plan, "vision_model.encoder.layers", &SIGLIP_NAMES, size, |layer| rate(layer + 1));
         let norm = Affine::norm(&mut plan, "vision_model.post_layernorm", width, 1.0);
-        let label = Affine::projection(&mut plan, "heads.label", CLASSES, width, HEAD_RATE);
-        let cues = Affine::projection(&mut plan, "heads.cues", CUES, CELLS * CELLS * width, HEAD_RATE);
+        let label = Affine::projection(&mut plan, "heads.label", CLASSES, width, LABEL_RATE);
+        let cues = Affine::projection(&mut plan, "heads.cues", CUES, CELLS * CELLS * width, CUES_RATE);
         Ok(Self { config, plan, patch: Affine { weight, bias }, positions, encoder, norm, label, cues })
     }
 
