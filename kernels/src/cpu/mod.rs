@@ -1,1 +1,5 @@
 //! The CPU device.
+
+pub mod gemm;
+pub mod pool;
+mod simd;

@@ -1,0 +1,163 @@
+//! All parameters of a model in one flat slice, with a plan that says which tensor lies where. Gradients and
+//! optimiser state use the same plan, so that they are slices too.
+
+use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Why parameters could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParameterError {
+    /// The file cannot be opened, or is no safetensors file.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: candle_core::Error,
+    },
+    /// A tensor is missing, or cannot be read as f32.
+    #[error("{path}: tensor {name}: {source}")]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The cause.
+        source: candle_core::Error,
+    },
+    /// A tensor has another shape than the configuration asks for.
+    #[error("{path}: tensor {name} has shape {actual:?}, the configuration asks for {expected:?}")]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Shape asked for.
+        expected: Vec<usize>,
+        /// Shape there is.
+        actual: Vec<usize>,
+    },
+    /// A tensor holds infinities or NaN.
+    #[error("{path}: tensor {name} holds a value that is not finite")]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+}
+
+/// How a tensor is treated by the optimiser.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Treatment {
+    /// Whether weight decay applies (matrices: yes; norms, biases and positions: no).
+    pub decay: bool,
+    /// Factor on the learning rate.
+    pub rate: f32,
+}
+
+/// One tensor's place.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Shape in the checkpoint.
+    pub shape: Vec<usize>,
+    /// Place in the flat slice.
+    pub range: Range<usize>,
+    /// Treatment by the optimiser.
+    pub treatment: Treatment,
+}
+
+/// Which tensor lies where.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    entries: Vec<Entry>,
+    len: usize,
+}
+
+impl Plan {
+    /// Appends a tensor and returns its place.
+    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], treatment: Treatment) -> Range<usize> {
+        let range = self.len..self.len + shape.iter().product::<usize>();
+        self.len = range.end;
+        self.entries.push(Entry { name: name.into(), shape: shape.to_vec(), range: range.clone(), treatment });
+        range
+    }
+
+    /// Elements of all tensors.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The tensors in order.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Fills `values` from a safetensors file with the tensors that `wanted` accepts, under the names it gives.
+    pub fn load(
+        &self,
+        path: &Path,
+        values: &mut [f32],
+        wanted: impl Fn(&str) -> Option<String>,
+    ) -> Result<(), ParameterError> {
+        let tensors = read_tensors(path)?;
+        for entry in &self.entries {
+            let Some(name) = wanted(&entry.name) else { continue };
+            let tensor = |source| ParameterError::Tensor { path: path.into(), name: name.clone(), source };
+            let Some(stored) = tensors.get(&name) else {
+                return Err(tensor(candle_core::Error::Msg("it is missing".into())));
+            };
+            if stored.dims() != entry.shape {
+                let (expected, actual) = (entry.shape.clone(), stored.dims().to_vec());
+                return Err(ParameterError::Shape { path: path.into(), name, expected, actual });
+            }
+            let flat = stored.to_dtype(DType::F32).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
+            let flat = flat.map_err(tensor)?;
+            if !flat.iter().all(|value| value.is_finite()) {
+                return Err(ParameterError::NotFinite { path: path.into(), name });
+            }
+            values[entry.range.clone()].copy_from_slice(&flat);
+        }
+        Ok(())
+    }
+
+    /// The tensors that `wanted` accepts, under the names it gives, in `dtype`.
+    pub fn tensors(
+        &self,
+        values: &[f32],
+        dtype: DType,
+        wanted: impl Fn(&str) -> Option<String>,
+    ) -> candle_core::Result<HashMap<String, Tensor>> {
+        let mut tensors = HashMap::new();
+        for entry in &self.entries {
+            if let Some(name) = wanted(&entry.name) {
+                let data = values[entry.range.clone()].to_vec();
+                let tensor = Tensor::from_vec(data, entry.shape.as_slice(), &Device::Cpu)?.to_dtype(dtype)?;
+                tensors.insert(name, tensor);
+            }
+        }
+        Ok(tensors)
+    }
+}
+
+/// All tensors of a safetensors file.
+pub fn read_tensors(path: &Path) -> Result<HashMap<String, Tensor>, ParameterError> {
+    candle_core::safetensors::load(path, &Device::Cpu)
+        .map_err(|source| ParameterError::File { path: path.into(), source })
+}
+
+/// Two slices of one buffer at once: `first` must lie before `second`.
+pub fn two<'a>(values: &'a mut [f32], first: &Range<usize>, second: &Range<usize>) -> (&'a mut [f32], &'a mut [f32]) {
+    let (head, tail) = values.split_at_mut(second.start);
+    (&mut head[first.clone()], &mut tail[..second.len()])
+}
