@@ -195,7 +195,7 @@ impl ThreadPool {
         let shared = &self.workers.shared;
         lock(&shared.jobs).push(Arc::clone(&job));
         shared.posted.fetch_add(1, Ordering::Release);
-        if tasks - 1 >= self.workers.handles.len() {
+        if tasks > self.workers.handles.len() {
             shared.work.notify_all();
         } else {
             (1..tasks).for_each(|_| shared.work.notify_one());

@@ -156,12 +156,8 @@ impl Source {
         let bus = pipeline.bus().ok_or_else(|| broken("the pipeline has no bus"))?;
         let streams_known = Arc::new(AtomicBool::new(false));
         let entry = pipeline.by_name("candor_entry").and_then(|element| element.static_pad("sink"));
-        if let Some(decoder) = pipeline.by_name("candor_decoder") {
-            let known = Arc::clone(&streams_known);
-            decoder.connect("no-more-pads", false, move |_| {
-                known.store(true, Ordering::SeqCst);
-                None
-            });
+        if let (Some(decoder), Some(entry)) = (pipeline.by_name("candor_decoder"), &entry) {
+            link_first_video(&decoder, entry, &streams_known);
         }
         let mut source = Self {
             live: !matches!(spec, SourceSpec::File(_)),
@@ -409,19 +405,19 @@ fn frame_duration_s(buffer: &gst::BufferRef, info: &VideoInfo) -> f64 {
 /// Builds the pipeline of a source, not yet started.
 fn build(spec: &SourceSpec, options: SourceOptions) -> Result<gst::Pipeline, MediaError> {
     // Jetson's decoders give out memory of the graphics unit, which only nvvidconv copies out of it.
-    let (decoded, copy_out) = match gst::ElementFactory::find("nvvidconv") {
-        Some(_) => ("video/x-raw(ANY)", "nvvidconv ! video/x-raw ! "),
-        None => ("video/x-raw", ""),
+    let (stop_at, copy_out) = match gst::ElementFactory::find("nvvidconv") {
+        Some(_) => ("caps=video/x-raw(ANY)", "nvvidconv ! video/x-raw ! "),
+        None => ("", ""),
     };
     let newest = "queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0";
     // videoflip turns pictures upright by the orientation that the file's tags tell.
     let behind = |entry: &str| format!("{entry} name=candor_entry ! {copy_out}videoflip method=automatic ! {TAIL}");
-    let decoder = |element: &str| format!("{element} name=candor_decoder expose-all-streams=false caps={decoded}");
+    let decoder = |element: &str| format!("{element} name=candor_decoder {stop_at}");
     let text = match spec {
-        SourceSpec::File(_) => format!("{} ! {}", decoder("uridecodebin"), behind("queue max-size-buffers=2")),
-        SourceSpec::Rtsp(_) => format!("{} ! {}", decoder("uridecodebin"), behind(newest)),
+        SourceSpec::File(_) => format!("{} {}", decoder("uridecodebin"), behind("queue max-size-buffers=2")),
+        SourceSpec::Rtsp(_) => format!("{} {}", decoder("uridecodebin"), behind(newest)),
         SourceSpec::V4l2(_) => format!(
-            "v4l2src name=candor_camera do-timestamp=true ! capsfilter name=candor_caps ! {} ! {}",
+            "v4l2src name=candor_camera do-timestamp=true ! capsfilter name=candor_caps ! {} {}",
             decoder("decodebin"),
             behind(newest)
         ),
@@ -472,6 +468,26 @@ fn build(spec: &SourceSpec, options: SourceOptions) -> Result<gst::Pipeline, Med
         SourceSpec::Test | SourceSpec::Pipeline(_) => {}
     }
     Ok(pipeline)
+}
+
+/// Links the first video stream that a decoder finds to `entry`, and notes when it has found all its streams.
+fn link_first_video(decoder: &gst::Element, entry: &gst::Pad, streams_known: &Arc<AtomicBool>) {
+    // Sound and subtitles stay as they are: decoding them is work for nothing, and their decoders may be missing.
+    decoder.connect("autoplug-continue", false, |values| {
+        let caps = values.get(2).and_then(|value| value.get::<gst::Caps>().ok());
+        let other = caps.and_then(|caps| caps.structure(0).map(|format| is_other_track(format.name())));
+        Some((!other.unwrap_or(false)).to_value())
+    });
+    let video_entry = entry.clone();
+    decoder.connect_pad_added(move |_, pad| {
+        let caps = pad.current_caps().unwrap_or_else(|| pad.query_caps(None));
+        let is_video = caps.structure(0).is_some_and(|format| format.name() == "video/x-raw");
+        if is_video && !video_entry.is_linked() && pad.link(&video_entry).is_err() {
+            log::warn!("a video stream of format {caps} cannot be linked");
+        }
+    });
+    let known = Arc::clone(streams_known);
+    decoder.connect_no_more_pads(move |_| known.store(true, Ordering::SeqCst));
 }
 
 /// Refuses what is not a readable file, before GStreamer could hang on it.

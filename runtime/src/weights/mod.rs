@@ -10,6 +10,8 @@ mod header;
 mod inventory;
 mod mapping;
 mod quantisation;
+#[cfg(test)]
+mod tests;
 
 pub use checkpoint::{Checkpoint, Raw};
 pub use error::WeightsError;

@@ -191,7 +191,8 @@ pub struct Sequences<'a> {
 }
 
 impl Sequences<'_> {
-    fn rows(&self) -> usize {
+    /// Rows of all sequences, padding included.
+    pub fn rows(&self) -> usize {
         self.tokens * self.visible.len()
     }
 }
@@ -230,7 +231,8 @@ impl Encoder {
     }
 
     fn attention(&self) -> SelfAttention {
-        SelfAttention { heads: self.size.heads, width: self.size.width }
+        let EncoderSize { width, heads, .. } = self.size;
+        SelfAttention { heads, key_heads: heads, head_dim: width / heads, causal: false }
     }
 
     /// x `[sequences, tokens, width]` → [`EncoderBuffers::output`], of the same shape.
@@ -375,4 +377,46 @@ fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
 
 fn accumulate(sum: &mut [f32], x: &[f32]) {
     sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::train::parameters::check_gradients;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    fn check(norm: NormPlace) {
+        let size = EncoderSize { width: 12, heads: 3, hidden: 20, layers: 2, eps: 1e-6, norm };
+        let mut plan = Plan::default();
+        let encoder = Encoder::new(&mut plan, "layer", &BERT_NAMES, size, |_| 1.0);
+        let input = plan.add("input", &[2, 5, 12], Treatment { decay: false, rate: 1.0 });
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let mut values: Vec<f32> = (0..plan.len()).map(|_| rng.random_range(-0.5..0.5)).collect();
+        let sequences = Sequences { tokens: 5, visible: &[5, 3] };
+        let mut weights: Vec<f32> = (0..2 * 5 * 12).map(|_| rng.random_range(-1.0..1.0)).collect();
+        weights[8 * 12..].fill(0.0);
+        let mut gradients = vec![0.0; plan.len()];
+        let mut buffers = EncoderBuffers::default();
+        let x = values[input.clone()].to_vec();
+        encoder.forward(&values, &x, sequences, &mut buffers);
+        let mut gradient = weights.clone();
+        encoder.backward(&values, &mut gradients, &x, sequences, &mut buffers, &mut gradient);
+        gradients[input.clone()].copy_from_slice(&gradient);
+        check_gradients(&plan, &mut values, &gradients, |values| {
+            encoder.forward(values, &values[input.clone()], sequences, &mut buffers);
+            buffers.output().iter().zip(&weights).map(|(x, w)| f64::from(x * w)).sum()
+        });
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_with_norms_before() {
+        check(NormPlace::Before);
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_with_norms_after() {
+        check(NormPlace::After);
+    }
 }

@@ -2,12 +2,22 @@
 
 pub mod checkpoint;
 pub mod curves;
+pub mod decoder;
 pub mod encoder;
+pub mod export;
 pub mod faces;
+pub mod features;
+pub mod gate_text;
+#[cfg(test)]
+pub(crate) mod gradient_check;
+pub mod layers;
 pub mod ops;
 pub mod optimiser;
 pub mod parameters;
+pub mod projector;
 pub mod schedule;
+pub mod sft;
+pub mod student;
 pub mod tower;
 
 use clap::Subcommand;
@@ -17,11 +27,14 @@ use clap::Subcommand;
 pub enum TrainCommand {
     /// Tune a vision tower on photographs of faces.
     Tower(tower::TowerArgs),
+    /// Train the projector, the gate and the decoder on rationales, behind a frozen tower.
+    Sft(sft::SftArgs),
 }
 
 /// Runs one `train` subcommand.
 pub fn run(command: TrainCommand) -> anyhow::Result<()> {
     match command {
         TrainCommand::Tower(args) => tower::run(&args),
+        TrainCommand::Sft(args) => sft::run(&args),
     }
 }
