@@ -1,6 +1,13 @@
 //! The command line: `candor --help` explains itself. One file a subcommand.
 #![forbid(unsafe_code)]
 
+mod folders;
+mod model;
+mod terminal;
+mod verify;
+#[cfg(feature = "media")]
+mod watch;
+
 use clap::{Parser, Subcommand};
 
 /// Says which emotion a camera sees and why, and presents only a reason it has verified.
@@ -12,9 +19,22 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Say for each window of a camera or file which emotion it shows and why.
+    #[cfg(feature = "media")]
+    Watch(watch::WatchArgs),
+    /// Read a rationale from standard input and say whether it supports an emotion.
+    Verify(verify::VerifyArgs),
+    /// Check or list the files of a model.
+    Model(model::ModelArgs),
+}
 
 fn main() -> anyhow::Result<()> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    match Cli::parse().command {}
+    match Cli::parse().command {
+        #[cfg(feature = "media")]
+        Command::Watch(args) => watch::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Model(args) => model::run(args),
+    }
 }
