@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::checkpoint::write_tensors;
-use super::features::{FrozenTower, TowerWorker};
+use super::features::{FrozenTower, Standard, TowerWorker};
 use super::gate_text::InstructionEncoder;
 use super::gradient_check::random;
 use super::sft::{Part, SftArgs, run};
@@ -255,6 +255,9 @@ fn the_training_forward_pass_is_the_runtimes() {
         own.iter_mut().for_each(|v| *v += rng.random_range(-0.05..0.05));
         own.copy_from_slice(&Stored::new(&entry.name, &entry.shape, own).values());
     }
+    // Factors that round nothing: they are folded into weights that are rounded already.
+    let standard =
+        Standard { mean: random(16, 0.5, &mut rng), factor: (0..16).map(|i| [0.5, 1.0, 2.0, 4.0][i % 4]).collect() };
     let description: cold_start::Description =
         serde_json::from_str(&fs::read_to_string(args.data.join("data.json")).unwrap()).unwrap();
     let model = folder.path().join("model");
@@ -263,6 +266,7 @@ fn the_training_forward_pass_is_the_runtimes() {
         name: "test",
         student: &student,
         values: &values,
+        standard: &standard,
         tower: &tower,
         encoder: &encoder,
         prompt: &prompt,
@@ -272,7 +276,8 @@ fn the_training_forward_pass_is_the_runtimes() {
     .unwrap();
 
     let pixels = random(3 * SIDE * SIDE, 1.0, &mut rng);
-    let features = tower.forward(&pixels, &mut TowerWorker::default());
+    let mut features = tower.forward(&pixels, &mut TowerWorker::default());
+    standard.apply(&mut features);
     let tokens = prompt.tokens("The mouth is open. They look happy.", "happy").unwrap();
     let state = encoder.state(INSTRUCTION).unwrap();
     let share = Share {
@@ -300,7 +305,9 @@ fn the_training_forward_pass_is_the_runtimes() {
     let channels: Vec<f32> = pixels.chunks_exact(SIDE * SIDE).flat_map(|p| p.repeat(3)).collect();
     let mut patches = runtime.rows().unwrap();
     runtime.vision_features(&channels, &mut patches).unwrap();
-    close("features", &features, &patches.to_host(&device).unwrap());
+    let mut theirs = patches.to_host(&device).unwrap();
+    Standard { mean: vec![0.0; 16], factor: standard.factor.clone() }.apply(&mut theirs);
+    close("features", &features, &theirs);
     let pieces = Tokenizer::from_file(model.join("bert/tokenizer.json")).unwrap();
     let gate = runtime.gate(pieces.encode(INSTRUCTION, true).unwrap().get_ids()).unwrap();
     let mut video = runtime.rows().unwrap();
