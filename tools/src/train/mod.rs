@@ -10,6 +10,7 @@ pub mod optimiser;
 pub mod parameters;
 pub mod schedule;
 pub mod tower;
+pub mod verifier;
 
 use clap::Subcommand;
 
@@ -18,11 +19,14 @@ use clap::Subcommand;
 pub enum TrainCommand {
     /// Tune a vision tower on photographs of faces.
     Tower(tower::TowerArgs),
+    /// Tune a sentence encoder as the verifier.
+    Verifier(verifier::VerifierArgs),
 }
 
 /// Runs one `train` subcommand.
 pub fn run(command: TrainCommand) -> anyhow::Result<()> {
     match command {
         TrainCommand::Tower(args) => tower::run(&args),
+        TrainCommand::Verifier(args) => verifier::run(&args),
     }
 }
