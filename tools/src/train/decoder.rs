@@ -1,53 +1,61 @@
-//! A Qwen2-shaped decoder's layers and last norm, forward and backward, for one worker's share of a batch. Embeddings,
-//! head and loss are the caller's: see [`super::ops`].
+//! The Qwen2-shaped decoder, forward and backward, over one worker's share of a batch. Sequences of any length lie one
+//! behind the other without padding; each forks into the rationale with its answer and the fast answer, so that the
+//! prompt and its video tokens are computed once for both.
 
-use super::encoder::{Affine, Sequences};
-use super::ops::{self, SelfAttention};
+use super::layers::{Fork, GroupedAttention, Projection, Rotary, accumulate, fit, rms_norm, rms_norm_backward, zeros};
+use super::ops::{self, Matrix};
 use super::parameters::{Plan, Treatment};
 use std::ops::Range;
 
 /// Sizes of a decoder.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DecoderSize {
     /// Width of the residual stream.
     pub width: usize,
+    /// Layers.
+    pub layers: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
     pub key_heads: usize,
-    /// Width of the hidden layer of the feed-forward branch.
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width of the feed-forward branch.
     pub hidden: usize,
-    /// Layers.
-    pub layers: usize,
+    /// Rows of the embedding, which is the output head too.
+    pub vocabulary: usize,
+    /// Base of the rotary frequencies.
+    pub theta: f32,
     /// Epsilon of the norms.
     pub eps: f32,
-    /// Base of the rotary positions.
-    pub theta: f32,
 }
 
-/// Places of one layer's parameters. Queries, keys and values lie side by side, as do gate and up.
-#[derive(Clone, Debug)]
 struct Layer {
     norm1: Range<usize>,
-    qkv: Affine,
-    out: Range<usize>,
+    qkv: Projection,
+    qkv_bias: Range<usize>,
+    out: Projection,
     norm2: Range<usize>,
-    gate: Range<usize>,
-    up: Range<usize>,
-    down: Range<usize>,
+    /// Gate and up projections side by side.
+    wide: Projection,
+    down: Projection,
 }
 
-/// A decoder's layers: sizes and the places of their parameters.
-#[derive(Clone, Debug)]
+/// The decoder: sizes and the places of its parameters.
 pub struct Decoder {
-    size: DecoderSize,
+    /// Sizes.
+    pub size: DecoderSize,
+    /// Place of the embedding, `[vocabulary, width]`.
+    pub embedding: Range<usize>,
     layers: Vec<Layer>,
     norm: Range<usize>,
+    rotary: Rotary,
 }
 
-/// What a layer's forward pass keeps for its backward pass.
+/// What a layer's forward pass keeps.
 #[derive(Default)]
 struct Kept {
+    input: Vec<f32>,
     normal1: Vec<f32>,
     scales1: Vec<f32>,
     qkv: Vec<f32>,
@@ -56,229 +64,313 @@ struct Kept {
     middle: Vec<f32>,
     normal2: Vec<f32>,
     scales2: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    hidden: Vec<f32>,
-    out: Vec<f32>,
+    wide: Vec<f32>,
+    gated: Vec<f32>,
 }
 
-/// Buffers of one worker; they take the size of the last batch.
+/// Buffers of one worker.
 #[derive(Default)]
 pub struct DecoderBuffers {
     kept: Vec<Kept>,
-    output: Vec<f32>,
+    last: Vec<f32>,
+    normal: Vec<f32>,
     scales: Vec<f32>,
+    logits: Vec<f32>,
+    picked: Vec<f32>,
+    picked_gradient: Vec<f32>,
+    gradient: Vec<f32>,
     branch: Vec<f32>,
-    wide: [Vec<f32>; 3],
+    wide: Vec<f32>,
+    gated: Vec<f32>,
     qkv: Vec<f32>,
     scratch: Vec<f32>,
 }
 
-impl DecoderBuffers {
-    /// The normed output, `[sequences, tokens, width]`.
-    pub fn output(&self) -> &[f32] {
-        &self.output
-    }
+/// A token to predict: after which row of the batch, which id, with what weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Row of the whole batch.
+    pub row: usize,
+    /// Id of the next token.
+    pub id: u32,
+    /// Weight of its loss.
+    pub weight: f32,
 }
 
 impl Decoder {
-    /// Adds the layers' and the last norm's tensors to the plan, under Qwen2's names.
-    pub fn new(plan: &mut Plan, size: DecoderSize) -> Self {
-        let DecoderSize { width, heads, key_heads, hidden, .. } = size;
-        let head_dim = width / heads;
+    /// Adds the tensors to the plan under the names of the published checkpoints. Sequences have at most `positions`
+    /// rows.
+    pub fn new(plan: &mut Plan, size: DecoderSize, positions: usize) -> Self {
+        let DecoderSize { width, hidden, .. } = size;
+        let (queries, keys) = (size.heads * size.head_dim, size.key_heads * size.head_dim);
         let plain = Treatment { decay: false, rate: 1.0 };
-        let decayed = Treatment { decay: true, rate: 1.0 };
+        let embedding = plan.add("model.embed_tokens.weight", &[size.vocabulary, width], plain);
         let layers = (0..size.layers)
             .map(|index| {
                 let name = |part: &str| format!("model.layers.{index}.{part}");
                 let norm1 = plan.add(name("input_layernorm.weight"), &[width], plain);
-                let rows = [("q", heads), ("k", key_heads), ("v", key_heads)].map(|(part, n)| (part, n * head_dim));
-                let weights = rows.map(|(part, rows)| {
-                    plan.add(name(&format!("self_attn.{part}_proj.weight")), &[rows, width], decayed)
+                let parts = [("q", queries), ("k", keys), ("v", keys)];
+                let weights = parts.map(|(part, rows)| {
+                    Projection::new(plan, &name(&format!("self_attn.{part}_proj.weight")), &[rows, width]).weight
                 });
                 let biases =
-                    rows.map(|(part, rows)| plan.add(name(&format!("self_attn.{part}_proj.bias")), &[rows], plain));
+                    parts.map(|(part, rows)| plan.add(name(&format!("self_attn.{part}_proj.bias")), &[rows], plain));
+                let out = Projection::new(plan, &name("self_attn.o_proj.weight"), &[width, queries]);
+                let norm2 = plan.add(name("post_attention_layernorm.weight"), &[width], plain);
+                let wide = ["gate", "up"].map(|part| {
+                    Projection::new(plan, &name(&format!("mlp.{part}_proj.weight")), &[hidden, width]).weight
+                });
                 Layer {
                     norm1,
-                    qkv: Affine { weight: weights[0].start..weights[2].end, bias: biases[0].start..biases[2].end },
-                    out: plan.add(name("self_attn.o_proj.weight"), &[width, width], decayed),
-                    norm2: plan.add(name("post_attention_layernorm.weight"), &[width], plain),
-                    gate: plan.add(name("mlp.gate_proj.weight"), &[hidden, width], decayed),
-                    up: plan.add(name("mlp.up_proj.weight"), &[hidden, width], decayed),
-                    down: plan.add(name("mlp.down_proj.weight"), &[width, hidden], decayed),
+                    qkv: Projection {
+                        weight: weights[0].start..weights[2].end,
+                        outputs: queries + 2 * keys,
+                        inputs: width,
+                    },
+                    qkv_bias: biases[0].start..biases[2].end,
+                    out,
+                    norm2,
+                    wide: Projection { weight: wide[0].start..wide[1].end, outputs: 2 * hidden, inputs: width },
+                    down: Projection::new(plan, &name("mlp.down_proj.weight"), &[width, hidden]),
                 }
             })
             .collect();
-        Self { size, layers, norm: plan.add("model.norm.weight", &[width], plain) }
+        let norm = plan.add("model.norm.weight", &[width], plain);
+        Self { size, embedding, layers, norm, rotary: Rotary::new(positions, size.head_dim, size.theta) }
     }
 
-    fn attention(&self) -> SelfAttention {
-        let DecoderSize { width, heads, key_heads, .. } = self.size;
-        SelfAttention { heads, key_heads, head_dim: width / heads, causal: true }
+    fn attention(&self) -> GroupedAttention {
+        GroupedAttention { heads: self.size.heads, key_heads: self.size.key_heads, head_dim: self.size.head_dim }
     }
 
-    fn turn(&self, qkv: &mut [f32], tokens: usize, turn: f32) {
-        let SelfAttention { heads, key_heads, head_dim, .. } = self.attention();
-        let row = self.attention().row();
-        for sequence in qkv.chunks_exact_mut(tokens * row) {
-            // Queries and keys stand first in a row.
-            ops::rope(sequence, row, heads + key_heads, head_dim, self.size.theta, turn);
-        }
-    }
-
-    /// x `[sequences, tokens, width]` → [`DecoderBuffers::output`], of the same shape. Rows behind a sequence's
-    /// visible ones are padding: nothing before them sees them.
-    pub fn forward(&self, values: &[f32], x: &[f32], sequences: Sequences, buffers: &mut DecoderBuffers) {
-        let DecoderSize { width, heads, hidden, eps, .. } = self.size;
-        let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let attention = self.attention();
-        buffers.kept.resize_with(self.layers.len(), Kept::default);
-        buffers.branch.resize(rows * width, 0.0);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (before, rest) = buffers.kept.split_at_mut(index);
-            let x = before.last().map_or(x, |kept| &kept.out);
-            let kept = &mut rest[0];
-            for (buffer, per_row) in [
-                (&mut kept.normal1, width),
-                (&mut kept.scales1, 1),
-                (&mut kept.qkv, attention.row()),
-                (&mut kept.scores, heads * tokens),
-                (&mut kept.mixed, width),
-                (&mut kept.middle, width),
-                (&mut kept.normal2, width),
-                (&mut kept.scales2, 1),
-                (&mut kept.gate, hidden),
-                (&mut kept.up, hidden),
-                (&mut kept.hidden, hidden),
-                (&mut kept.out, width),
-            ] {
-                buffer.resize(rows * per_row, 0.0);
+    /// Runs the layers over `forks`, whose rows lie one behind the other in `x` `[rows, width]`; the normalised last
+    /// states stay in the buffers, see [`DecoderBuffers::states`].
+    pub fn forward(&self, values: &[f32], x: &[f32], forks: &[Fork], buffers: &mut DecoderBuffers) {
+        let DecoderSize { width, hidden, heads, key_heads, eps, .. } = self.size;
+        let rows: usize = forks.iter().map(|f| f.rows).sum();
+        let (attention, stride) = (self.attention(), self.attention().stride());
+        let squares: usize = forks.iter().map(|f| f.rows * f.rows).sum();
+        let DecoderBuffers { kept: all, last, normal, scales, branch, .. } = buffers;
+        all.resize_with(self.layers.len(), Kept::default);
+        fit(last, rows * width).copy_from_slice(&x[..rows * width]);
+        for (layer, kept) in self.layers.iter().zip(all) {
+            fit(&mut kept.input, rows * width).copy_from_slice(&last[..rows * width]);
+            let x = &mut last[..rows * width];
+            let normal1 = fit(&mut kept.normal1, rows * width);
+            rms_norm(x, &values[layer.norm1.clone()], eps, normal1, fit(&mut kept.scales1, rows));
+            let qkv = fit(&mut kept.qkv, rows * stride);
+            layer.qkv.forward(values, normal1, rows, qkv);
+            let bias = &values[layer.qkv_bias.clone()];
+            qkv.chunks_exact_mut(stride).for_each(|row| accumulate(row, bias));
+            let mixed = fit(&mut kept.mixed, rows * heads * self.size.head_dim);
+            let scores = fit(&mut kept.scores, squares * heads);
+            let (mut first, mut square) = (0, 0);
+            for fork in forks {
+                let own = &mut qkv[first * stride..][..fork.rows * stride];
+                for (row, qkv) in own.chunks_exact_mut(stride).enumerate() {
+                    self.rotary.turn(qkv, heads + key_heads, fork.position(row), 1.0);
+                }
+                let mixed = &mut mixed[first * heads * self.size.head_dim..];
+                attention.forward(own, *fork, mixed, &mut scores[square * heads..]);
+                first += fork.rows;
+                square += fork.rows * fork.rows;
             }
-            ops::rms_norm(x, &values[layer.norm1.clone()], eps, &mut kept.normal1, &mut kept.scales1);
-            layer.qkv.linear(values, &kept.normal1, rows, &mut kept.qkv);
-            self.turn(&mut kept.qkv, tokens, 1.0);
-            for (sequence, visible) in sequences.visible.iter().enumerate() {
-                attention.forward(
-                    &kept.qkv[sequence * tokens * attention.row()..][..tokens * attention.row()],
-                    tokens,
-                    *visible,
-                    &mut kept.mixed[sequence * tokens * width..][..tokens * width],
-                    &mut kept.scores[sequence * heads * tokens * tokens..][..heads * tokens * tokens],
-                );
+            let branch = fit(branch, rows * width);
+            layer.out.forward(values, mixed, rows, branch);
+            accumulate(x, branch);
+            fit(&mut kept.middle, rows * width).copy_from_slice(x);
+            let normal2 = fit(&mut kept.normal2, rows * width);
+            rms_norm(x, &values[layer.norm2.clone()], eps, normal2, fit(&mut kept.scales2, rows));
+            let wide = fit(&mut kept.wide, rows * 2 * hidden);
+            layer.wide.forward(values, normal2, rows, wide);
+            let gated = fit(&mut kept.gated, rows * hidden);
+            for (wide, gated) in wide.chunks_exact(2 * hidden).zip(gated.chunks_exact_mut(hidden)) {
+                let (gate, up) = wide.split_at(hidden);
+                super::layers::silu(gate, gated);
+                gated.iter_mut().zip(up).for_each(|(g, u)| *g *= u);
             }
-            ops::project(&kept.mixed, rows, &values[layer.out.clone()], width, &mut buffers.branch);
-            add(x, &buffers.branch, &mut kept.middle);
-            ops::rms_norm(&kept.middle, &values[layer.norm2.clone()], eps, &mut kept.normal2, &mut kept.scales2);
-            ops::project(&kept.normal2, rows, &values[layer.gate.clone()], width, &mut kept.gate);
-            ops::project(&kept.normal2, rows, &values[layer.up.clone()], width, &mut kept.up);
-            ops::gated_silu(&kept.gate, &kept.up, &mut kept.hidden);
-            ops::project(&kept.hidden, rows, &values[layer.down.clone()], hidden, &mut buffers.branch);
-            add(&kept.middle, &buffers.branch, &mut kept.out);
+            layer.down.forward(values, gated, rows, branch);
+            accumulate(x, branch);
         }
-        buffers.output.resize(rows * width, 0.0);
-        buffers.scales.resize(rows, 0.0);
-        let last = buffers.kept.last().map_or(x, |kept| &kept.out);
-        ops::rms_norm(last, &values[self.norm.clone()], eps, &mut buffers.output, &mut buffers.scales);
+        let last = &last[..rows * width];
+        rms_norm(last, &values[self.norm.clone()], eps, fit(normal, rows * width), fit(scales, rows));
     }
 
-    /// Backward of [`Decoder::forward`] with the same arguments: adds to `gradients`; `gradient` is that of the output
-    /// on entry and that of `x` on return, `[sequences, tokens, width]`.
+    /// Logits after some rows of the last forward pass, `[picked, vocabulary]`.
+    pub fn logits<'a>(&self, values: &[f32], rows: &[usize], buffers: &'a mut DecoderBuffers) -> &'a mut [f32] {
+        let (width, vocabulary) = (self.size.width, self.size.vocabulary);
+        let picked = fit(&mut buffers.picked, rows.len() * width);
+        for (out, &row) in picked.chunks_exact_mut(width).zip(rows) {
+            out.copy_from_slice(&buffers.normal[row * width..][..width]);
+        }
+        let logits = fit(&mut buffers.logits, rows.len() * vocabulary);
+        let table = Matrix::transposed(&values[self.embedding.clone()], width);
+        ops::multiply(logits, rows.len(), vocabulary, width, Matrix::new(picked, width), table, false);
+        logits
+    }
+
+    /// Cross-entropy of the targets after [`Decoder::forward`] and everything backward from it: adds to `gradients`
+    /// and writes `x_gradient` `[rows, width]`. Returns the weighted loss and, for each target, whether it was the
+    /// likeliest.
     pub fn backward(
         &self,
         values: &[f32],
         gradients: &mut [f32],
-        x: &[f32],
-        sequences: Sequences,
+        forks: &[Fork],
+        targets: &[Target],
         buffers: &mut DecoderBuffers,
-        gradient: &mut [f32],
-    ) {
-        let DecoderSize { width, heads, hidden, .. } = self.size;
-        let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let attention = self.attention();
-        let DecoderBuffers { kept: all, scales, branch, wide: [wide, gates, ups], qkv, scratch, .. } = buffers;
-        for buffer in [&mut *wide, &mut *gates, &mut *ups] {
-            buffer.resize(rows * hidden, 0.0);
+        x_gradient: &mut [f32],
+    ) -> (f64, Vec<bool>) {
+        let DecoderSize { width, hidden, heads, key_heads, vocabulary, head_dim, .. } = self.size;
+        let rows: usize = forks.iter().map(|f| f.rows).sum();
+        let picked_rows: Vec<usize> = targets.iter().map(|t| t.row).collect();
+        let mut loss = 0.0;
+        let mut right = Vec::with_capacity(targets.len());
+        let logits = self.logits(values, &picked_rows, buffers);
+        for (logits, target) in logits.chunks_exact_mut(vocabulary).zip(targets) {
+            let id = target.id as usize;
+            right.push(logits.iter().all(|&l| l <= logits[id]));
+            loss += f64::from(ops::cross_entropy(logits, id, 0.0, target.weight));
         }
-        qkv.resize(rows * attention.row(), 0.0);
-        scratch.resize(tokens * tokens, 0.0);
-        branch.clear();
-        branch.resize(rows * width, 0.0);
-        let last = all.last().map_or(x, |kept| &kept.out);
-        let (weight, slot) = (&values[self.norm.clone()], self.norm.clone());
-        ops::rms_norm_backward(last, weight, scales, gradient, &mut gradients[slot], branch);
-        gradient.copy_from_slice(branch);
-        for (index, layer) in self.layers.iter().enumerate().rev() {
-            let x = if index == 0 { x } else { &all[index - 1].out };
-            let kept = &all[index];
-            let weight = |range: &Range<usize>| &values[range.clone()];
-            let mut project = |x: &[f32], range: &Range<usize>, inputs, g: &[f32], out: &mut [f32], more| {
-                let slot = &mut gradients[range.clone()];
-                ops::project_backward(x, rows, weight(range), inputs, g, slot, Some(out), more);
-            };
-            // Through the feed-forward branch; afterwards `gradient` is that of `middle`.
-            project(&kept.hidden, &layer.down, hidden, gradient, wide, false);
-            ops::gated_silu_backward(&kept.gate, &kept.up, wide, gates, ups);
-            project(&kept.normal2, &layer.gate, width, gates, branch, false);
-            project(&kept.normal2, &layer.up, width, ups, branch, true);
-            let slot = &mut gradients[layer.norm2.clone()];
-            ops::rms_norm_backward(&kept.middle, weight(&layer.norm2), &kept.scales2, branch, slot, gradient);
-            // Through the attention; afterwards `gradient` is that of the layer's input.
-            let slot = &mut gradients[layer.out.clone()];
-            ops::project_backward(&kept.mixed, rows, weight(&layer.out), width, gradient, slot, Some(branch), false);
-            for sequence in 0..sequences.visible.len() {
-                attention.backward(
-                    &kept.qkv[sequence * tokens * attention.row()..][..tokens * attention.row()],
-                    tokens,
-                    &kept.scores[sequence * heads * tokens * tokens..][..heads * tokens * tokens],
-                    &branch[sequence * tokens * width..][..tokens * width],
-                    &mut qkv[sequence * tokens * attention.row()..][..tokens * attention.row()],
-                    scratch,
-                );
-            }
-            self.turn(qkv, tokens, -1.0);
-            layer.qkv.linear_backward(values, gradients, &kept.normal1, rows, qkv, Some(branch));
-            let slot = &mut gradients[layer.norm1.clone()];
-            ops::rms_norm_backward(x, weight(&layer.norm1), &kept.scales1, branch, slot, gradient);
+        let DecoderBuffers {
+            kept: all,
+            last,
+            normal: _,
+            scales,
+            logits,
+            picked,
+            picked_gradient,
+            gradient,
+            branch,
+            wide,
+            gated,
+            qkv,
+            scratch,
+        } = buffers;
+        let count = targets.len();
+        let (logits, picked) = (&logits[..count * vocabulary], &picked[..count * width]);
+        let picked_gradient = fit(picked_gradient, count * width);
+        let table = Matrix::new(&values[self.embedding.clone()], width);
+        ops::multiply(picked_gradient, count, width, vocabulary, Matrix::new(logits, vocabulary), table, false);
+        let along = Matrix::transposed(logits, vocabulary);
+        let table = &mut gradients[self.embedding.clone()];
+        ops::multiply(table, vocabulary, width, count, along, Matrix::new(picked, width), true);
+        let normal_gradient = zeros(branch, rows * width);
+        for (row, picked) in picked_rows.iter().zip(picked_gradient.chunks_exact(width)) {
+            accumulate(&mut normal_gradient[row * width..][..width], picked);
         }
-    }
-}
+        let gradient = zeros(gradient, rows * width);
+        let (weight, sums) = (&values[self.norm.clone()], &mut gradients[self.norm.clone()]);
+        rms_norm_backward(&last[..rows * width], weight, &scales[..rows], normal_gradient, sums, gradient);
 
-fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
-    for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
-        *out = x + y;
+        let (attention, stride) = (self.attention(), self.attention().stride());
+        for (layer, kept) in self.layers.iter().zip(all).rev() {
+            let gated_gradient = fit(gated, rows * hidden);
+            layer.down.backward(values, gradients, &kept.gated, rows, gradient, Some(gated_gradient), false);
+            let wide_gradient = fit(wide, rows * 2 * hidden);
+            let each = wide_gradient.chunks_exact_mut(2 * hidden).zip(kept.wide.chunks_exact(2 * hidden));
+            for ((out, wide), gated) in each.zip(gated_gradient.chunks_exact(hidden)) {
+                let ((gate_gradient, up_gradient), (gate, up)) = (out.split_at_mut(hidden), wide.split_at(hidden));
+                super::layers::silu(gate, up_gradient);
+                for i in 0..hidden {
+                    up_gradient[i] *= gated[i];
+                    gate_gradient[i] = gated[i] * up[i];
+                }
+                super::layers::silu_backward(gate, gate_gradient);
+            }
+            let branch = fit(branch, rows * width);
+            layer.wide.backward(values, gradients, &kept.normal2, rows, wide_gradient, Some(branch), false);
+            let (weight, sums) = (&values[layer.norm2.clone()], &mut gradients[layer.norm2.clone()]);
+            rms_norm_backward(&kept.middle[..rows * width], weight, &kept.scales2[..rows], branch, sums, gradient);
+
+            let mixed_gradient = fit(gated, rows * heads * head_dim);
+            layer.out.backward(values, gradients, &kept.mixed, rows, gradient, Some(mixed_gradient), false);
+            let qkv_gradient = fit(qkv, rows * stride);
+            let (mut first, mut square) = (0, 0);
+            for fork in forks {
+                let (n, squares) = (fork.rows, fork.rows * fork.rows);
+                let own = &mut qkv_gradient[first * stride..][..n * stride];
+                let scores = &kept.scores[square * heads..][..squares * heads];
+                let mixed = &mixed_gradient[first * heads * head_dim..][..n * heads * head_dim];
+                let scratch = fit(scratch, squares);
+                attention.backward(&kept.qkv[first * stride..], *fork, scores, mixed, own, scratch);
+                for (row, qkv) in own.chunks_exact_mut(stride).enumerate() {
+                    self.rotary.turn(qkv, heads + key_heads, fork.position(row), -1.0);
+                }
+                first += n;
+                square += squares;
+            }
+            let bias = &mut gradients[layer.qkv_bias.clone()];
+            qkv_gradient.chunks_exact(stride).for_each(|row| accumulate(bias, row));
+            layer.qkv.backward(values, gradients, &kept.normal1, rows, qkv_gradient, Some(branch), false);
+            let (weight, sums) = (&values[layer.norm1.clone()], &mut gradients[layer.norm1.clone()]);
+            rms_norm_backward(&kept.input[..rows * width], weight, &kept.scales1[..rows], branch, sums, gradient);
+        }
+        x_gradient[..rows * width].copy_from_slice(gradient);
+        (loss, right)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    use super::super::gradient_check::{check, random};
     use super::*;
-    use crate::train::parameters::check_gradients;
-    use rand::{Rng, SeedableRng};
+    use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
+
+    const SIZE: DecoderSize = DecoderSize {
+        width: 12,
+        layers: 2,
+        heads: 4,
+        key_heads: 2,
+        head_dim: 6,
+        hidden: 20,
+        vocabulary: 17,
+        theta: 1e4,
+        eps: 1e-6,
+    };
 
     #[test]
     fn gradients_equal_finite_differences() {
-        let size = DecoderSize { width: 16, heads: 4, key_heads: 2, hidden: 20, layers: 2, eps: 1e-6, theta: 10_000.0 };
         let mut plan = Plan::default();
-        let decoder = Decoder::new(&mut plan, size);
-        let input = plan.add("input", &[2, 5, 16], Treatment { decay: false, rate: 1.0 });
-        let mut rng = ChaCha8Rng::seed_from_u64(11);
-        let mut values: Vec<f32> = (0..plan.len()).map(|_| rng.random_range(-0.5..0.5)).collect();
-        let wanted: Vec<f32> = (0..2 * 5 * 16).map(|_| rng.random_range(-1.0..1.0)).collect();
-        let sequences = Sequences { tokens: 5, visible: &[5, 3] };
-        // A weighted sum of the visible outputs stands for the loss.
-        let weights: Vec<f32> = (0..wanted.len()).map(|i| if i / 16 < 8 { wanted[i] } else { 0.0 }).collect();
-        let mut gradients = vec![0.0; plan.len()];
+        let decoder = Decoder::new(&mut plan, SIZE, 16);
+        let forks = [Fork { rows: 9, fork: 3, second: 6 }, Fork { rows: 4, fork: 4, second: 4 }];
+        // The input rows are a tensor of the plan too, so that their gradient is checked with the others.
+        let input = plan.add("x", &[13, SIZE.width], Treatment { decay: false, rate: 1.0 });
+        let mut values = random(plan.len(), 0.6, &mut ChaCha8Rng::seed_from_u64(1));
+        let target = |row, id, weight| Target { row, id, weight };
+        let targets = [target(2, 5, 0.5), target(4, 1, 1.0), target(8, 16, 2.0), target(12, 3, 0.7)];
         let mut buffers = DecoderBuffers::default();
-        let x = values[input.clone()].to_vec();
-        decoder.forward(&values, &x, sequences, &mut buffers);
-        let mut gradient = weights.clone();
-        decoder.backward(&values, &mut gradients, &x, sequences, &mut buffers, &mut gradient);
-        gradients[input.clone()].copy_from_slice(&gradient);
-        check_gradients(&plan, &mut values, &gradients, |values| {
-            decoder.forward(values, &values[input.clone()], sequences, &mut buffers);
-            buffers.output().iter().zip(&weights).map(|(x, w)| f64::from(x * w)).sum()
-        });
+        let mut gradients = vec![0.0; plan.len()];
+        let mut x_gradient = vec![0.0; 13 * SIZE.width];
+        let mut run = |values: &[f32], gradients: &mut [f32], x_gradient: &mut [f32]| {
+            decoder.forward(values, &values[input.clone()], &forks, &mut buffers);
+            decoder.backward(values, gradients, &forks, &targets, &mut buffers, x_gradient).0
+        };
+        run(&values, &mut gradients, &mut x_gradient);
+        gradients[input.clone()].copy_from_slice(&x_gradient);
+        let mut unused = vec![0.0; plan.len()];
+        check(&plan, &mut values, &gradients, |values| run(values, &mut unused, &mut x_gradient));
+    }
+
+    /// The second continuation of a fork gives what the same tokens give as a sequence of their own.
+    #[test]
+    fn a_fork_is_two_sequences() {
+        let mut plan = Plan::default();
+        let decoder = Decoder::new(&mut plan, SIZE, 16);
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let values = random(plan.len(), 0.6, &mut rng);
+        let x = random(8 * SIZE.width, 1.0, &mut rng);
+        let mut buffers = DecoderBuffers::default();
+        decoder.forward(&values, &x, &[Fork { rows: 8, fork: 3, second: 6 }], &mut buffers);
+        let forked = decoder.logits(&values, &[5, 7], &mut buffers).to_vec();
+        for (range, row, logits) in [(3..6, 5, &forked[..17]), (6..8, 4, &forked[17..])] {
+            let alone = [&x[..3 * SIZE.width], &x[range.start * SIZE.width..range.end * SIZE.width]].concat();
+            let rows = alone.len() / SIZE.width;
+            decoder.forward(&values, &alone, &[Fork { rows, fork: rows, second: rows }], &mut buffers);
+            for (a, b) in decoder.logits(&values, &[row], &mut buffers).iter().zip(logits) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
+        }
     }
 }

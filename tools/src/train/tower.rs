@@ -116,14 +116,14 @@ pub struct TowerArgs {
 /// What is read of config.json.
 #[derive(Clone, Debug, Deserialize)]
 pub struct TowerConfig {
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    intermediate_size: usize,
-    image_size: usize,
-    patch_size: usize,
-    hidden_act: String,
-    layer_norm_eps: f64,
+    pub(super) hidden_size: usize,
+    pub(super) num_hidden_layers: usize,
+    pub(super) num_attention_heads: usize,
+    pub(super) intermediate_size: usize,
+    pub(super) image_size: usize,
+    pub(super) patch_size: usize,
+    pub(super) hidden_act: String,
+    pub(super) layer_norm_eps: f64,
 }
 
 impl TowerConfig {
@@ -144,9 +144,9 @@ impl TowerConfig {
 }
 
 /// The tower and its heads: places of all parameters, and the sizes.
-struct Tower {
-    config: TowerConfig,
-    plan: Plan,
+pub(super) struct Tower {
+    pub(super) config: TowerConfig,
+    pub(super) plan: Plan,
     patch: Affine,
     positions: Range<usize>,
     encoder: Encoder,
@@ -217,10 +217,10 @@ impl Standard {
 }
 
 /// Fixed maps of one picture size.
-struct Geometry {
+pub(super) struct Geometry {
     side: usize,
     grid: usize,
-    enlarger: Enlarger,
+    pub(super) enlarger: Enlarger,
     /// Position rows of this grid from the stored grid, `[grid², stored²]`.
     positions: Vec<f32>,
     /// Share of each patch in each cell of the cue head, `[cells², grid²]`.
@@ -229,11 +229,11 @@ struct Geometry {
 
 /// Buffers of one worker.
 #[derive(Default)]
-struct Worker {
-    pixels: Vec<f32>,
+pub(super) struct Worker {
+    pub(super) pixels: Vec<f32>,
     patches: Vec<f32>,
     embedded: Vec<f32>,
-    encoder: EncoderBuffers,
+    pub(super) encoder: EncoderBuffers,
     normal: Vec<f32>,
     statistics: Vec<f32>,
     pooled: Vec<f32>,
@@ -303,7 +303,7 @@ fn square(weights: &[f32], from: usize, to: usize) -> Vec<f32> {
 }
 
 impl Geometry {
-    fn new(config: &TowerConfig, side: usize) -> anyhow::Result<Self> {
+    pub(super) fn new(config: &TowerConfig, side: usize) -> anyhow::Result<Self> {
         let (stored, grid) = (config.image_size / config.patch_size, side / config.patch_size);
         ensure!(side >= super::faces::SIDE && grid > 0, "pictures of {side} pixels are too small");
         Ok(Self {
@@ -315,13 +315,13 @@ impl Geometry {
         })
     }
 
-    fn patches(&self) -> usize {
+    pub(super) fn patches(&self) -> usize {
         self.grid * self.grid
     }
 }
 
 impl Tower {
-    fn new(mut config: TowerConfig, layers: usize, layer_decay: f32) -> anyhow::Result<Self> {
+    pub(super) fn new(mut config: TowerConfig, layers: usize, layer_decay: f32) -> anyhow::Result<Self> {
         config.check()?;
         let present = config.num_hidden_layers;
         ensure!((1..=present).contains(&layers), "{layers} layers are asked for, the base has {present}");
@@ -418,7 +418,7 @@ impl Tower {
     }
 
     /// Features, logits and cues of the pictures in `worker.pixels`, which stay in the worker.
-    fn forward(&self, values: &[f32], geometry: &Geometry, count: usize, worker: &mut Worker) {
+    pub(super) fn forward(&self, values: &[f32], geometry: &Geometry, count: usize, worker: &mut Worker) {
         let (width, patch) = (self.config.hidden_size, self.config.patch_size);
         let (patches, area) = (geometry.patches(), patch * patch);
         let rows = count * patches;
@@ -570,12 +570,12 @@ struct Share {
 }
 
 /// Index of the largest.
-fn best(values: &[f32]) -> usize {
+pub(super) fn best(values: &[f32]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
 /// Which photographs stand in a batch, for every step: a new order each pass.
-struct Order {
+pub(super) struct Order {
     seed: u64,
     count: usize,
     pass: u64,
@@ -583,12 +583,12 @@ struct Order {
 }
 
 impl Order {
-    fn new(seed: u64, count: usize) -> Self {
+    pub(super) fn new(seed: u64, count: usize) -> Self {
         Self { seed, count, pass: u64::MAX, order: Vec::new() }
     }
 
     /// Pass and photograph of a place in the endless sequence.
-    fn at(&mut self, place: u64) -> (u64, usize) {
+    pub(super) fn at(&mut self, place: u64) -> (u64, usize) {
         let pass = place / self.count as u64;
         if pass != self.pass {
             self.pass = pass;
@@ -666,7 +666,7 @@ fn correlation(pairs: &[(f64, f64)]) -> f64 {
 }
 
 /// The one .safetensors file of a folder.
-fn only_safetensors(folder: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn only_safetensors(folder: &Path) -> anyhow::Result<PathBuf> {
     let entries = std::fs::read_dir(folder).with_context(|| format!("{}", folder.display()))?;
     let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     found.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
