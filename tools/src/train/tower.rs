@@ -871,11 +871,11 @@ mod tests {
     fn faces(count: usize) -> Faces {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("faces.safetensors");
-        candle_core::safetensors::save(&tensors(count), &path).unwrap();
+        candle_core::safetensors::save(&tensors_of_faces(count), &path).unwrap();
         Faces::open(&path, "train").unwrap()
     }
 
-    fn tensors(count: usize) -> HashMap<String, Tensor> {
+    fn tensors_of_faces(count: usize) -> HashMap<String, Tensor> {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut all = HashMap::new();
         for part in ["train", "val"] {
@@ -915,5 +915,141 @@ mod tests {
             tower.backward(&values, &mut gradients, &geometry, 3, &mut worker);
             check_gradients(&tower.plan, &mut values, &gradients, |values| loss(values, &mut worker));
         }
+    }
+
+    /// A run folder with a small base and faces; returns the command's arguments for it.
+    fn small_run(folder: &Path, out: &str, more: &[&str]) -> TowerArgs {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: TowerArgs,
+        }
+        let base = folder.join("base");
+        if !base.exists() {
+            std::fs::create_dir(&base).unwrap();
+            let tower = Tower::new(config(), 2, 1.0).unwrap();
+            let values = random(tower.plan.len(), 0.1, &mut ChaCha8Rng::seed_from_u64(2));
+            let body = |name: &str| name.starts_with("vision_model.").then(|| name.to_owned());
+            let tensors = tower.plan.tensors(&values, DType::F16, body).unwrap();
+            checkpoint::write_tensors(&base.join("base.safetensors"), &tensors).unwrap();
+            let config = json!({"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
+                "intermediate_size": 20, "image_size": 112, "patch_size": 14, "hidden_act": "gelu",
+                "layer_norm_eps": 1e-6});
+            std::fs::write(base.join("config.json"), config.to_string()).unwrap();
+            candle_core::safetensors::save(&tensors_of_faces(70), folder.join("faces.safetensors")).unwrap();
+        }
+        let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        let line = ["tower", "--faces", &path("faces.safetensors"), "--base", &path("base"), "--out", &path(out)];
+        let fixed = ["--stages", "56:2.0,84:2.0", "--layers", "2"];
+        clap::Parser::try_parse_from(line.iter().chain(&fixed).chain(more)).map(|line: Line| line.args).unwrap()
+    }
+
+    #[test]
+    fn a_run_cut_off_goes_on_to_the_same_result() {
+        let folder = tempfile::tempdir().unwrap();
+        run(&small_run(folder.path(), "whole", &[])).unwrap();
+        let stopped = run(&small_run(folder.path(), "cut", &["--stop-after", "1"])).unwrap_err();
+        assert!(stopped.to_string().contains("stopped at step 1 of 4"), "{stopped}");
+        run(&small_run(folder.path(), "cut", &["--stop-after", "3"])).unwrap_err();
+        run(&small_run(folder.path(), "cut", &[])).unwrap();
+        for file in ["tower/model.safetensors", "tower/heads.safetensors", "tower/config.json"] {
+            let bytes = |run: &str| std::fs::read(folder.path().join(run).join(file)).unwrap();
+            assert_eq!(bytes("whole"), bytes("cut"), "{file}");
+        }
+        let metrics = std::fs::read_to_string(folder.path().join("cut/metrics.jsonl")).unwrap();
+        let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
+        assert_eq!(steps, 4, "each step stands once in the log");
+        assert!(folder.path().join("cut/curves.svg").exists());
+        // Another recipe must not go on from this state.
+        let foreign = run(&small_run(folder.path(), "cut", &["--seed", "9"])).unwrap_err();
+        assert!(foreign.to_string().contains("is no state of this training"), "{foreign}");
+    }
+
+    #[test]
+    fn a_base_of_another_shape_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = small_run(folder.path(), "run", &[]);
+        let path = folder.path().join("base/config.json");
+        let good = std::fs::read_to_string(&path).unwrap();
+        for (from, to, wanted) in [
+            ("\"hidden_size\":12", "\"hidden_size\":15", "patch_embedding"),
+            ("\"hidden_size\":12", "\"hidden_size\":0", "a size is zero"),
+            ("\"hidden_size\":12", "\"hidden_size\":13", "not divisible"),
+            ("\"image_size\":112", "\"image_size\":7", "smaller than patch_size"),
+            ("\"num_hidden_layers\":2", "\"num_hidden_layers\":1", "2 layers are asked for"),
+            ("\"gelu\"", "\"relu\"", "hidden_act"),
+            ("{", "", "config.json"),
+        ] {
+            assert!(good.contains(from));
+            std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
+            let error = format!("{:#}", run(&args).unwrap_err());
+            assert!(error.contains(wanted), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn faces_of_another_layout_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("faces.safetensors");
+        let tensor = |values: Vec<f32>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        let cases: [(&str, Option<Tensor>, &str); 6] = [
+            ("train.images", None, "there is no such tensor"),
+            ("train.images", Some(tensor(vec![0.0; 5 * 48 * 48], &[5, 48, 48])), "its type is F32"),
+            ("train.labels", Some(Tensor::from_vec(vec![0u8; 4], 4, &Device::Cpu).unwrap()), "it has 4 rows"),
+            ("train.labels", Some(Tensor::from_vec(vec![7u8; 5], 5, &Device::Cpu).unwrap()), "has label 7"),
+            ("train.cues", Some(tensor(vec![0.0; 40], &[5, 8])), "its shape is [5, 8]"),
+            (
+                "train.images",
+                Some(Tensor::zeros((0, 48, 48), candle_core::DType::U8, &Device::Cpu).unwrap()),
+                "holds no",
+            ),
+        ];
+        for (name, tensor, wanted) in cases {
+            let mut tensors = tensors_of_faces(5);
+            tensors.remove(name);
+            tensors.extend(tensor.map(|tensor| (name.to_owned(), tensor)));
+            candle_core::safetensors::save(&tensors, &path).unwrap();
+            let error = Faces::open(&path, "train").err().map(|error| error.to_string()).unwrap();
+            assert!(error.contains(wanted), "{name}: {error}");
+        }
+        std::fs::write(&path, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
+        assert!(Faces::open(&path, "train").is_err());
+    }
+
+    #[test]
+    fn a_folded_head_equals_the_head_on_standardised_inputs() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut plan = Plan::default();
+        let head = Affine::projection(&mut plan, "head", 3, 5, 1.0);
+        let mut values = random(plan.len(), 1.0, &mut rng);
+        let standard = Standard::of(&random(20 * 5, 2.0, &mut rng), 5);
+        let x = random(2 * 5, 2.0, &mut rng);
+        let (mut standardised, mut wanted, mut folded) = (x.clone(), [0.0; 6], [0.0; 6]);
+        standard.apply(&mut standardised);
+        head.linear(&values, &standardised, 2, &mut wanted);
+        standard.fold(&mut values, &head);
+        head.linear(&values, &x, 2, &mut folded);
+        assert!(wanted.iter().zip(folded).all(|(a, b)| (a - b).abs() < 1e-5), "{wanted:?} {folded:?}");
+    }
+
+    #[test]
+    fn stages_are_read_or_refused() {
+        assert_eq!("84:1.5".parse(), Ok(Stage { side: 84, passes: 1.5 }));
+        for text in ["84", "84:x", "40:1", "84:-1", "84:NaN", "4000:1", ":"] {
+            assert!(text.parse::<Stage>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn grids_are_mapped_without_loss() {
+        for (from, to) in [(8, 6), (8, 8), (6, 4), (9, 4)] {
+            for map in [interpolation(from, to), overlap(from, to)] {
+                for row in map.chunks_exact(from) {
+                    assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{from} to {to}: {row:?}");
+                }
+            }
+        }
+        let same = interpolation(8, 8);
+        assert!((0..64).all(|i| same[i] == f32::from(u8::from(i / 8 == i % 8))));
     }
 }
