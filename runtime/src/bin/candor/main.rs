@@ -4,6 +4,7 @@
 mod folders;
 mod model;
 mod terminal;
+mod trace;
 mod verify;
 #[cfg(feature = "media")]
 mod watch;
@@ -27,6 +28,7 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Check or list the files of a model.
     Model(model::ModelArgs),
+    Trace(trace::Trace),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -36,5 +38,6 @@ fn main() -> anyhow::Result<()> {
         Command::Watch(args) => watch::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Model(args) => model::run(args),
+        Command::Trace(args) => trace::run(&args),
     }
 }
