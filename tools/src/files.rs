@@ -21,9 +21,14 @@ pub fn sha256(path: &Path) -> anyhow::Result<String> {
         }
         hash.update(&chunk[..read]);
     }
-    Ok(hash.finalize().iter().fold(String::new(), |mut hex, byte| {
+    Ok(hexadecimal(&hash.finalize()))
+}
+
+/// Bytes as lower-case hexadecimal.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
         // Writing to a string cannot fail.
         let _ = write!(hex, "{byte:02x}");
         hex
-    }))
+    })
 }

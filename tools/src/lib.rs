@@ -3,4 +3,5 @@
 
 pub mod data;
 pub mod files;
+pub mod quantise;
 pub mod train;

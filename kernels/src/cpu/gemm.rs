@@ -134,7 +134,6 @@ pub(crate) trait Columns: Copy + Sync {
     /// Columns of the product.
     fn columns(&self) -> usize;
     /// Packs a part (rows are columns of the product) into panels.
-    #[doc(hidden)]
     fn pack<T: Tile>(self, tile: T, part: Part, panels: &mut [f32]);
 }
 
@@ -160,17 +159,19 @@ pub(crate) fn product_at<B: Columns>(
     precision: Precision,
     finish: impl Fn(&mut [f32], usize) + Sync,
 ) {
-    match level {
+    match (level, precision) {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(simd) => match Avx512Bf16::new() {
+        (Level::Avx512(simd), precision) => match Avx512Bf16::new() {
             Some(pairs) if precision == Precision::Bf16 => {
                 product(Bf16Tile { pairs }, pool, a, b, c, accumulate, finish);
             }
             _ => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate, finish),
         },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2(simd) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
-        Level::Portable(simd) => product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish),
+        (Level::Avx2(simd), _) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
+        (Level::Portable(simd), _) => {
+            product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish);
+        }
     }
 }
 
@@ -193,6 +194,12 @@ pub(crate) trait Tile: Copy + Send + Sync {
     fn enter<O: TileOperation>(self, operation: O);
     /// One lane, from `PER_LANE` elements that follow each other in depth.
     fn lane(self, first: f32, second: f32) -> f32;
+    /// Eight lanes, from elements that follow each other in depth.
+    fn lanes(self, from: &[f32]) -> [f32; 8];
+    /// Lanes side by side, from elements of one depth and those of the next (none behind the last).
+    fn pair_up(self, first: &[f32], second: &[f32], to: &mut [f32]);
+    /// `to[i · stride + r] = block[r][i]`
+    fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize);
     /// Panels of `ROWS` rows of a part of A.
     fn pack_rows(self, a: MatrixRef<'_>, part: Part, panels: &mut [f32]);
     /// Panels of `COLUMNS` rows of a part of B's transpose.
@@ -243,6 +250,20 @@ impl<S: Simd, const R: usize, const V: usize, const N: usize> Tile for F32Tile<S
     #[inline(always)]
     fn lane(self, first: f32, _second: f32) -> f32 {
         first
+    }
+    #[inline(always)]
+    fn lanes(self, from: &[f32]) -> [f32; 8] {
+        let mut lanes = [0.0; 8];
+        lanes.copy_from_slice(&from[..8]);
+        lanes
+    }
+    #[inline(always)]
+    fn pair_up(self, first: &[f32], _second: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(first);
+    }
+    #[inline(always)]
+    fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize) {
+        self.simd.transpose(block, to, stride);
     }
     fn pack_rows(self, a: MatrixRef<'_>, part: Part, panels: &mut [f32]) {
         self.enter(PackPanels::<R> { m: a, part, panels });
@@ -300,6 +321,20 @@ impl Tile for Bf16Tile {
     fn lane(self, first: f32, second: f32) -> f32 {
         f32::from_bits(bf16_bits(first) | bf16_bits(second) << 16)
     }
+    #[inline(always)]
+    fn lanes(self, from: &[f32]) -> [f32; 8] {
+        self.pairs.pairs(from)
+    }
+    #[inline(always)]
+    fn pair_up(self, first: &[f32], second: &[f32], to: &mut [f32]) {
+        for (i, (first, to)) in first.chunks(16).zip(to.chunks_mut(16)).enumerate() {
+            self.pairs.pair_up(first, second.get(i * 16..).unwrap_or(&[]), to);
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize) {
+        self.pairs.base().transpose(block, to, stride);
+    }
     fn pack_rows(self, a: MatrixRef<'_>, part: Part, panels: &mut [f32]) {
         self.enter(PackPanels::<12> { m: a, part, panels });
     }
@@ -326,6 +361,7 @@ impl Tile for Bf16Tile {
 }
 
 /// The upper 16 bits of `value` rounded to nearest, ties to even; a NaN stays one.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn bf16_bits(value: f32) -> u32 {
     let bits = value.to_bits();
@@ -333,76 +369,8 @@ fn bf16_bits(value: f32) -> u32 {
     if bits & 0x7fff_ffff > 0x7f80_0000 { bits >> 16 | 0x40 } else { rounded }
 }
 
-/// Packs a part of `m` of at most `W` rows into a panel: lane `r` of step `s` is row `first + r`; rows that are missing
-/// are zero.
-#[inline(always)]
-fn pack_panel<T: Tile, const W: usize>(tile: T, m: MatrixRef<'_>, part: Part, panel: &mut [f32]) {
-    let Part { first, count, from, depth } = part;
-    let start = first * m.row_stride + from * m.col_stride;
-    if count == W && m.row_stride == 1 {
-        // Rows lie side by side: each step is a copy.
-        for (s, out) in panel.chunks_exact_mut(W).enumerate() {
-            let k = s * T::PER_LANE;
-            let x: &[f32] = &m.data[start + k * m.col_stride..][..W];
-            if T::PER_LANE == 1 {
-                out.copy_from_slice(x);
-            } else if k + 1 < depth {
-                let y = &m.data[start + (k + 1) * m.col_stride..][..W];
-                for r in 0..W {
-                    out[r] = tile.lane(x[r], y[r]);
-                }
-            } else {
-                for r in 0..W {
-                    out[r] = tile.lane(x[r], 0.0);
-                }
-            }
-        }
-    } else if count == W && m.col_stride == 1 {
-        // Depth is contiguous: transpose blocks of eight lanes a row.
-        const BLOCK: usize = 8;
-        let whole = depth / (BLOCK * T::PER_LANE);
-        for block in 0..whole {
-            let mut lanes = [[0.0f32; BLOCK]; W];
-            for r in 0..W {
-                let at = start + r * m.row_stride + block * BLOCK * T::PER_LANE;
-                let row = &m.data[at..][..BLOCK * T::PER_LANE];
-                for i in 0..BLOCK {
-                    lanes[r][i] = tile.lane(row[i * T::PER_LANE], row[(i + 1) * T::PER_LANE - 1]);
-                }
-            }
-            let out = &mut panel[block * BLOCK * W..][..BLOCK * W];
-            for i in 0..BLOCK {
-                for r in 0..W {
-                    out[i * W + r] = lanes[r][i];
-                }
-            }
-        }
-        pack_any::<T, W>(tile, m, part, whole * BLOCK, panel);
-    } else {
-        pack_any::<T, W>(tile, m, part, 0, panel);
-    }
-}
-
-/// [`pack_panel`] for any strides, edges included, from step `step` on.
-#[inline(always)]
-fn pack_any<T: Tile, const W: usize>(tile: T, m: MatrixRef<'_>, part: Part, step: usize, panel: &mut [f32]) {
-    let Part { first, count, from, depth } = part;
-    let start = first * m.row_stride + from * m.col_stride;
-    for (s, out) in panel.chunks_exact_mut(W).enumerate().skip(step) {
-        let k = s * T::PER_LANE;
-        for (r, lane) in out.iter_mut().enumerate() {
-            *lane = if r < count {
-                let at = start + r * m.row_stride + k * m.col_stride;
-                let second = if T::PER_LANE == 2 && k + 1 < depth { m.data[at + m.col_stride] } else { 0.0 };
-                tile.lane(m.data[at], second)
-            } else {
-                0.0
-            };
-        }
-    }
-}
-
-/// Packs panels of `W` rows each of `m`; all panels are of `steps · W` lanes.
+/// Packs a part of a matrix into panels of `W` of its rows: lane `r` of step `s` of panel `p` is row `p · W + r`; rows
+/// that are missing are zero.
 struct PackPanels<'a, const W: usize> {
     m: MatrixRef<'a>,
     part: Part,
@@ -412,13 +380,99 @@ struct PackPanels<'a, const W: usize> {
 impl<const W: usize> TileOperation for PackPanels<'_, W> {
     #[inline(always)]
     fn run<T: Tile>(self, tile: T) {
-        let Part { first, count, from, depth } = self.part;
-        let steps = depth.div_ceil(T::PER_LANE);
-        for (index, panel) in self.panels.chunks_exact_mut(steps * W).enumerate() {
-            let done = index * W;
-            let part = Part { first: first + done, count: W.min(count - done), from, depth };
-            pack_panel::<T, W>(tile, self.m, part, panel);
+        let steps = self.part.depth.div_ceil(T::PER_LANE);
+        if self.m.row_stride == 1 {
+            self.side_by_side(tile, steps);
+            return;
         }
+        let PackPanels { m, part, panels } = self;
+        for (index, panel) in panels.chunks_exact_mut(steps * W).enumerate() {
+            let first = part.first + index * W;
+            let count = W.min(part.first + part.count - first);
+            let start = first * m.row_stride + part.from * m.col_stride;
+            let mut done = 0;
+            if m.col_stride == 1 {
+                // Depth is contiguous: four rows are transposed at a time.
+                while done + 4 <= count {
+                    transpose_rows(tile, &m, start + done * m.row_stride, part.depth, W, &mut panel[done..]);
+                    done += 4;
+                }
+            }
+            for (s, out) in panel.chunks_exact_mut(W).enumerate() {
+                let k = s * T::PER_LANE;
+                for r in done..count {
+                    let at = start + r * m.row_stride + k * m.col_stride;
+                    out[r] = lane_at(tile, &m, at, k, part.depth);
+                }
+                out[count..].fill(0.0);
+            }
+        }
+    }
+}
+
+impl<const W: usize> PackPanels<'_, W> {
+    /// For rows that lie side by side. All panels advance together, so that memory is read in its order.
+    #[inline(always)]
+    fn side_by_side<T: Tile>(self, tile: T, steps: usize) {
+        let PackPanels { m, part, panels } = self;
+        // A task's panels may end before the part does.
+        let count = part.count.min(panels.len() / steps);
+        for s in 0..steps {
+            let k = s * T::PER_LANE;
+            let start = part.first + (part.from + k) * m.col_stride;
+            let x = &m.data[start..start + count];
+            let y = if T::PER_LANE == 2 && k + 1 < part.depth { &m.data[start + m.col_stride..][..count] } else { &[] };
+            for (panel, lanes) in panels.chunks_exact_mut(steps * W).enumerate() {
+                let out = &mut lanes[s * W..(s + 1) * W];
+                let first = panel * W;
+                if first + W <= count {
+                    // A size known when compiling.
+                    let second = y.get(first..first + W).unwrap_or(&[]);
+                    tile.pair_up(&x[first..first + W], second, out);
+                } else {
+                    let (there, missing) = out.split_at_mut(count - first);
+                    tile.pair_up(&x[first..], y.get(first..).unwrap_or(&[]), there);
+                    missing.fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// The lane of element `at`, which is `k` deep.
+#[inline(always)]
+fn lane_at<T: Tile>(tile: T, m: &MatrixRef<'_>, at: usize, k: usize, depth: usize) -> f32 {
+    let second = if T::PER_LANE == 2 && k + 1 < depth { m.data[at + m.col_stride] } else { 0.0 };
+    tile.lane(m.data[at], second)
+}
+
+/// Four rows of contiguous depth, the first from `start`: lane `r` of step `s` goes to `to[s · stride + r]`.
+#[inline(always)]
+fn transpose_rows<T: Tile>(tile: T, m: &MatrixRef<'_>, start: usize, depth: usize, stride: usize, to: &mut [f32]) {
+    const STEPS: usize = 8;
+    let block_depth = STEPS * T::PER_LANE;
+    let rows: [&[f32]; 4] = [
+        &m.data[start..][..depth],
+        &m.data[start + m.row_stride..][..depth],
+        &m.data[start + 2 * m.row_stride..][..depth],
+        &m.data[start + 3 * m.row_stride..][..depth],
+    ];
+    let mut k = 0;
+    while k + block_depth <= depth {
+        let block = [
+            tile.lanes(&rows[0][k..]),
+            tile.lanes(&rows[1][k..]),
+            tile.lanes(&rows[2][k..]),
+            tile.lanes(&rows[3][k..]),
+        ];
+        tile.transpose(&block, &mut to[k / T::PER_LANE * stride..], stride);
+        k += block_depth;
+    }
+    while k < depth {
+        for r in 0..4 {
+            to[k / T::PER_LANE * stride + r] = lane_at(tile, m, start + r * m.row_stride + k, k, depth);
+        }
+        k += T::PER_LANE;
     }
 }
 
@@ -641,6 +695,7 @@ mod tests {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     #[test]
     fn bf16_rounds_to_nearest_even() {
         let mut rng = ChaCha8Rng::seed_from_u64(11);

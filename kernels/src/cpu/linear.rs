@@ -10,8 +10,8 @@ use crate::cpu::stored::{Stored, Values, widen, with_values};
 use crate::device::{Activation, Result};
 use std::cell::Cell;
 
-/// Up to this many rows the dot products are faster: a blocked product spends as long on packing the weight.
-const DOT_ROWS: usize = 8;
+/// Up to this many rows the dot products are at least as fast: a blocked product first has to pack the weight.
+const DOT_ROWS: usize = 32;
 /// Multiplications a task of dot products does at least: fewer are not worth waking a thread.
 const DOT_GRAIN: usize = 64 * 1024;
 /// Outputs of one task are a multiple of this, the most weight rows that one pass over x handles.
@@ -156,11 +156,12 @@ impl<T: Stored> Dots<'_, T> {
     fn all_rows<S: Simd, const O: usize>(&self, simd: S, weight: &[T], first: usize) {
         let rows = self.x.len() / self.depth;
         let mut r = 0;
-        while r + 4 <= rows {
+        // As many sums as there are registers for: 16 of AVX-512's 32, 8 of AVX2's 16.
+        while S::LANES == 16 && r + 4 <= rows {
             self.some_rows::<S, 4, O>(simd, weight, r, first);
             r += 4;
         }
-        if r + 2 <= rows {
+        while r + 2 <= rows {
             self.some_rows::<S, 2, O>(simd, weight, r, first);
             r += 2;
         }

@@ -50,6 +50,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn copy_sign(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `yes` where a < b, else `no`.
     fn if_less(self, a: Self::Vector, b: Self::Vector, yes: Self::Vector, no: Self::Vector) -> Self::Vector;
+    /// `to[i · stride + r] = block[r][i]`: four rows to the places of columns.
+    #[inline(always)]
+    fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize) {
+        for i in 0..8 {
+            to[i * stride..i * stride + 4].copy_from_slice(&[block[0][i], block[1][i], block[2][i], block[3][i]]);
+        }
+    }
     /// Sum of the lanes.
     fn sum(self, a: Self::Vector) -> f32;
     /// Largest of the lanes.
@@ -252,6 +259,38 @@ mod x86 {
             self.0
         }
 
+        /// Eight lanes of pairs from sixteen elements, rounded to nearest, ties to even.
+        #[inline(always)]
+        pub(crate) fn pairs(self, from: &[f32]) -> [f32; 8] {
+            let mut lanes = [0.0; 8];
+            // SAFETY: `self` exists, so the instructions are there; the slicing checked the length, and both sides of
+            // the store and of the cast are 256 bits.
+            unsafe {
+                let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from[..16].as_ptr()));
+                let bits = std::mem::transmute::<__m256bh, __m256i>(rounded);
+                _mm256_storeu_si256(lanes.as_mut_ptr().cast(), bits);
+            }
+            lanes
+        }
+
+        /// Up to sixteen lanes of pairs: the lower halves from `x`, the upper ones from `y` or, where that is shorter,
+        /// zero; rounded to nearest, ties to even.
+        #[inline(always)]
+        pub(crate) fn pair_up(self, x: &[f32], y: &[f32], to: &mut [f32]) {
+            let mask = |len: usize| ((1u32 << len.min(16)) - 1) as __mmask16;
+            let to = &mut to[..x.len().min(16)];
+            // SAFETY: `self` exists, so the instructions are there; the masks leave out what is behind the slices, and
+            // both sides of the casts are 256 bits.
+            unsafe {
+                let x = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()));
+                let y = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask(y.len()), y.as_ptr()));
+                let low = _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(x));
+                let high = _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(y));
+                let pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                _mm512_mask_storeu_ps(to.as_mut_ptr(), mask(to.len()), _mm512_castsi512_ps(pairs));
+            }
+        }
+
         /// Per lane: `sum + a.low · b.low + a.high · b.high` of bf16 pairs, in f32.
         #[inline(always)]
         pub(crate) fn dot_pairs(self, sum: __m512, a: __m512, b: __m512) -> __m512 {
@@ -384,6 +423,33 @@ mod x86 {
             unsafe { _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
         }
         #[inline(always)]
+        fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize) {
+            let to = &mut to[..7 * stride + 4];
+            // SAFETY: `self` exists, so the instructions are there; the slicing checked the last and furthest store.
+            unsafe {
+                let rows: [__m256; 4] = [
+                    _mm256_loadu_ps(block[0].as_ptr()),
+                    _mm256_loadu_ps(block[1].as_ptr()),
+                    _mm256_loadu_ps(block[2].as_ptr()),
+                    _mm256_loadu_ps(block[3].as_ptr()),
+                ];
+                let (low01, high01) = (_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[0], rows[1]));
+                let (low23, high23) = (_mm256_unpacklo_ps(rows[2], rows[3]), _mm256_unpackhi_ps(rows[2], rows[3]));
+                // Column i in the lower half, column i + 4 in the upper one.
+                let columns = [
+                    _mm256_shuffle_ps::<0x44>(low01, low23),
+                    _mm256_shuffle_ps::<0xee>(low01, low23),
+                    _mm256_shuffle_ps::<0x44>(high01, high23),
+                    _mm256_shuffle_ps::<0xee>(high01, high23),
+                ];
+                let to = to.as_mut_ptr();
+                for (i, column) in columns.into_iter().enumerate() {
+                    _mm_storeu_ps(to.add(i * stride), _mm256_castps256_ps128(column));
+                    _mm_storeu_ps(to.add((i + 4) * stride), _mm256_extractf128_ps::<1>(column));
+                }
+            }
+        }
+        #[inline(always)]
         fn sum(self, a: __m256) -> f32 {
             // SAFETY: `self` exists, so the instructions are there.
             unsafe {
@@ -511,6 +577,10 @@ mod x86 {
         fn if_less(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
             // SAFETY: `self` exists, so the instructions are there.
             unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) }
+        }
+        #[inline(always)]
+        fn transpose(self, block: &[[f32; 8]; 4], to: &mut [f32], stride: usize) {
+            Avx2(()).transpose(block, to, stride);
         }
         #[inline(always)]
         fn sum(self, a: __m512) -> f32 {

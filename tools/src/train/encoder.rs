@@ -166,6 +166,8 @@ struct Kept {
 /// Buffers of one worker; they grow to the largest batch seen and are then reused.
 #[derive(Default)]
 pub struct EncoderBuffers {
+    /// Dropout on each branch, for training: the rate, and a seed that must differ from batch to batch.
+    pub dropout: Option<(f32, u32)>,
     kept: Vec<Kept>,
     wide: Vec<f32>,
     narrow: Vec<f32>,
@@ -191,7 +193,8 @@ pub struct Sequences<'a> {
 }
 
 impl Sequences<'_> {
-    fn rows(&self) -> usize {
+    /// Rows of all sequences, padding included.
+    pub fn rows(&self) -> usize {
         self.tokens * self.visible.len()
     }
 }
@@ -230,14 +233,15 @@ impl Encoder {
     }
 
     fn attention(&self) -> SelfAttention {
-        SelfAttention { heads: self.size.heads, width: self.size.width }
+        let EncoderSize { width, heads, .. } = self.size;
+        SelfAttention { heads, key_heads: heads, head_dim: width / heads, causal: false }
     }
 
     /// x `[sequences, tokens, width]` → [`EncoderBuffers::output`], of the same shape.
     pub fn forward(&self, values: &[f32], x: &[f32], sequences: Sequences, buffers: &mut EncoderBuffers) {
         let EncoderSize { width, heads, hidden, eps, norm, .. } = self.size;
         let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let EncoderBuffers { kept: all, branch, .. } = buffers;
+        let EncoderBuffers { kept: all, branch, dropout, .. } = buffers;
         all.resize_with(self.layers.len(), Kept::default);
         branch.resize(rows * width, 0.0);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -274,6 +278,7 @@ impl Encoder {
                 );
             }
             layer.out.linear(values, &kept.mixed, rows, branch);
+            drop_out(*dropout, 2 * index, branch);
             // `middle` is what the second norm (before) or the first norm (after) reads.
             add(x, branch, &mut kept.middle);
             match norm {
@@ -282,6 +287,7 @@ impl Encoder {
                     layer.first.linear(values, &kept.normal2, rows, &mut kept.before);
                     ops::gelu(&kept.before, &mut kept.hidden);
                     layer.second.linear(values, &kept.hidden, rows, branch);
+                    drop_out(*dropout, 2 * index + 1, branch);
                     add(&kept.middle, branch, &mut kept.out);
                 }
                 NormPlace::After => {
@@ -289,6 +295,7 @@ impl Encoder {
                     layer.first.linear(values, &kept.normal1, rows, &mut kept.before);
                     ops::gelu(&kept.before, &mut kept.hidden);
                     layer.second.linear(values, &kept.hidden, rows, branch);
+                    drop_out(*dropout, 2 * index + 1, branch);
                     // `normal2` keeps the sum that the second norm reads.
                     add(&kept.normal1, branch, &mut kept.normal2);
                     layer.norm2.layer_norm(values, &kept.normal2, eps, &mut kept.out, &mut kept.statistics2);
@@ -310,7 +317,7 @@ impl Encoder {
     ) {
         let EncoderSize { width, heads, hidden, norm, .. } = self.size;
         let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let EncoderBuffers { kept: all, wide, narrow, branch, qkv, scratch } = buffers;
+        let EncoderBuffers { kept: all, wide, narrow, branch, qkv, scratch, dropout } = buffers;
         wide.resize(rows * hidden, 0.0);
         narrow.resize(rows * width, 0.0);
         branch.resize(rows * width, 0.0);
@@ -327,7 +334,9 @@ impl Encoder {
                 gradient.copy_from_slice(branch);
             }
             let input = if norm == NormPlace::Before { &kept.normal2 } else { &kept.normal1 };
-            layer.second.linear_backward(values, gradients, &kept.hidden, rows, gradient, Some(wide));
+            branch.copy_from_slice(gradient);
+            drop_out(*dropout, 2 * index + 1, branch);
+            layer.second.linear_backward(values, gradients, &kept.hidden, rows, branch, Some(wide));
             ops::gelu_backward(&kept.before, wide);
             layer.first.linear_backward(values, gradients, input, rows, wide, Some(narrow));
             match norm {
@@ -344,7 +353,9 @@ impl Encoder {
                 }
             }
             // Through the attention; afterwards `gradient` is that of the layer's input.
-            layer.out.linear_backward(values, gradients, &kept.mixed, rows, gradient, Some(branch));
+            narrow.copy_from_slice(gradient);
+            drop_out(*dropout, 2 * index, narrow);
+            layer.out.linear_backward(values, gradients, &kept.mixed, rows, narrow, Some(branch));
             for sequence in 0..sequences.visible.len() {
                 self.attention().backward(
                     &kept.qkv[sequence * tokens * 3 * width..][..tokens * 3 * width],
@@ -367,6 +378,13 @@ impl Encoder {
     }
 }
 
+/// Dropout on a branch; each of the encoder's branches has a place of its own in the hash's sequence.
+fn drop_out(dropout: Option<(f32, u32)>, place: usize, branch: &mut [f32]) {
+    if let Some((rate, seed)) = dropout {
+        ops::dropout(branch, rate, seed.wrapping_mul(64).wrapping_add(place as u32));
+    }
+}
+
 fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
     for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
         *out = x + y;
@@ -375,4 +393,46 @@ fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
 
 fn accumulate(sum: &mut [f32], x: &[f32]) {
     sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::train::parameters::check_gradients;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    fn check(norm: NormPlace) {
+        let size = EncoderSize { width: 12, heads: 3, hidden: 20, layers: 2, eps: 1e-6, norm };
+        let mut plan = Plan::default();
+        let encoder = Encoder::new(&mut plan, "layer", &BERT_NAMES, size, |_| 1.0);
+        let input = plan.add("input", &[2, 5, 12], Treatment { decay: false, rate: 1.0 });
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let mut values: Vec<f32> = (0..plan.len()).map(|_| rng.random_range(-0.5..0.5)).collect();
+        let sequences = Sequences { tokens: 5, visible: &[5, 3] };
+        let mut weights: Vec<f32> = (0..2 * 5 * 12).map(|_| rng.random_range(-1.0..1.0)).collect();
+        weights[8 * 12..].fill(0.0);
+        let mut gradients = vec![0.0; plan.len()];
+        let mut buffers = EncoderBuffers { dropout: Some((0.2, 5)), ..EncoderBuffers::default() };
+        let x = values[input.clone()].to_vec();
+        encoder.forward(&values, &x, sequences, &mut buffers);
+        let mut gradient = weights.clone();
+        encoder.backward(&values, &mut gradients, &x, sequences, &mut buffers, &mut gradient);
+        gradients[input.clone()].copy_from_slice(&gradient);
+        check_gradients(&plan, &mut values, &gradients, |values| {
+            encoder.forward(values, &values[input.clone()], sequences, &mut buffers);
+            buffers.output().iter().zip(&weights).map(|(x, w)| f64::from(x * w)).sum()
+        });
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_with_norms_before() {
+        check(NormPlace::Before);
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_with_norms_after() {
+        check(NormPlace::After);
+    }
 }

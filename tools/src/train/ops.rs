@@ -316,44 +316,63 @@ pub fn softmax(row: &mut [f32]) {
     row.iter_mut().for_each(|value| *value *= scale);
 }
 
-/// Sizes of a self-attention over one sequence whose queries, keys and values lie side by side in each row.
+/// Self-attention over one sequence. In each row of `qkv` lie the queries of all heads, then the keys, then the values;
+/// with fewer key heads than heads each serves a group (grouped-query attention).
 #[derive(Clone, Copy, Debug)]
 pub struct SelfAttention {
-    /// Heads.
+    /// Query heads.
     pub heads: usize,
-    /// Width of all heads together.
-    pub width: usize,
+    /// Key and value heads; `heads` is a multiple of it.
+    pub key_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether a token sees only itself and those before it.
+    pub causal: bool,
 }
 
 impl SelfAttention {
-    fn scale(&self) -> f32 {
-        1.0 / ((self.width / self.heads) as f32).sqrt()
+    /// Elements of a row of `qkv`.
+    pub fn row(&self) -> usize {
+        (self.heads + 2 * self.key_heads) * self.head_dim
     }
 
-    /// qkv `[tokens, 3·width]` → out `[tokens, width]` for one sequence; keys from `visible` on are hidden.
-    /// `scores` keeps the probabilities, `[heads, tokens, tokens]`.
+    /// Elements of a row of the output.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Where a head's query, key and value start in a row.
+    fn places(&self, head: usize) -> [usize; 3] {
+        let group = head / (self.heads / self.key_heads);
+        [head, self.heads + group, self.heads + self.key_heads + group].map(|place| place * self.head_dim)
+    }
+
+    /// qkv `[tokens, row]` → out `[tokens, width]`; keys from `visible` on are hidden. `scores` keeps the
+    /// probabilities, `[heads, tokens, tokens]`.
     pub fn forward(&self, qkv: &[f32], tokens: usize, visible: usize, out: &mut [f32], scores: &mut [f32]) {
-        let (head_dim, stride) = (self.width / self.heads, 3 * self.width);
-        let scale = self.scale();
+        let (head_dim, stride, scale) = (self.head_dim, self.row(), self.scale());
         for head in 0..self.heads {
-            let query = &qkv[head * head_dim..];
-            let key = &qkv[self.width + head * head_dim..];
-            let value = &qkv[2 * self.width + head * head_dim..];
+            let [query, key, value] = self.places(head);
             let scores = &mut scores[head * tokens * tokens..][..tokens * tokens];
-            let (q, k) = (Matrix::new(query, stride), Matrix::transposed(key, stride));
+            let (q, k) = (Matrix::new(&qkv[query..], stride), Matrix::transposed(&qkv[key..], stride));
             multiply_exact(scores, tokens, tokens, tokens, head_dim, q, k, false);
-            for row in scores.chunks_exact_mut(tokens) {
-                row[..visible].iter_mut().for_each(|value| *value *= scale);
-                row[visible..].fill(0.0);
-                softmax(&mut row[..visible]);
+            for (index, row) in scores.chunks_exact_mut(tokens).enumerate() {
+                let seen = if self.causal { visible.min(index + 1) } else { visible };
+                row[..seen].iter_mut().for_each(|value| *value *= scale);
+                row[seen..].fill(0.0);
+                softmax(&mut row[..seen]);
             }
-            let (p, v) = (Matrix::new(scores, tokens), Matrix::new(value, stride));
-            multiply_exact(&mut out[head * head_dim..], self.width, tokens, head_dim, tokens, p, v, false);
+            let (p, v) = (Matrix::new(scores, tokens), Matrix::new(&qkv[value..], stride));
+            multiply_exact(&mut out[head * head_dim..], self.width(), tokens, head_dim, tokens, p, v, false);
         }
     }
 
-    /// Backward of [`SelfAttention::forward`]: writes `qkv_gradient` `[tokens, 3·width]`; `scratch` holds
-    /// `tokens²` elements.
+    /// Backward of [`SelfAttention::forward`]: writes `qkv_gradient` `[tokens, row]`; `scratch` holds `tokens²`
+    /// elements.
     pub fn backward(
         &self,
         qkv: &[f32],
@@ -363,17 +382,16 @@ impl SelfAttention {
         qkv_gradient: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (head_dim, stride) = (self.width / self.heads, 3 * self.width);
-        let scale = self.scale();
+        let (head_dim, stride, scale) = (self.head_dim, self.row(), self.scale());
+        qkv_gradient.fill(0.0);
         for head in 0..self.heads {
-            let (q, k, v) = (head * head_dim, self.width + head * head_dim, 2 * self.width + head * head_dim);
+            let [q, k, v] = self.places(head);
             let probabilities = &scores[head * tokens * tokens..][..tokens * tokens];
-            let gradient = &out_gradient[head * head_dim..];
+            let along = Matrix::new(&out_gradient[head * head_dim..], self.width());
             let inner = &mut scratch[..tokens * tokens];
-            let along = Matrix::new(gradient, self.width);
             // Values: Pᵀ · dO. Probabilities: dO · Vᵀ, then through the softmax.
             let p = Matrix::transposed(probabilities, tokens);
-            multiply_exact(&mut qkv_gradient[v..], stride, tokens, head_dim, tokens, p, along, false);
+            multiply_exact(&mut qkv_gradient[v..], stride, tokens, head_dim, tokens, p, along, true);
             let value = Matrix::transposed(&qkv[v..], stride);
             multiply_exact(inner, tokens, tokens, tokens, head_dim, along, value, false);
             for (row, p) in inner.chunks_exact_mut(tokens).zip(probabilities.chunks_exact(tokens)) {
@@ -381,10 +399,142 @@ impl SelfAttention {
                 row.iter_mut().zip(p).for_each(|(g, p)| *g = (*g - expected) * p * scale);
             }
             let (s, key) = (Matrix::new(inner, tokens), Matrix::new(&qkv[k..], stride));
-            multiply_exact(&mut qkv_gradient[q..], stride, tokens, head_dim, tokens, s, key, false);
+            multiply_exact(&mut qkv_gradient[q..], stride, tokens, head_dim, tokens, s, key, true);
             let (s, query) = (Matrix::transposed(inner, tokens), Matrix::new(&qkv[q..], stride));
-            multiply_exact(&mut qkv_gradient[k..], stride, tokens, head_dim, tokens, s, query, false);
+            multiply_exact(&mut qkv_gradient[k..], stride, tokens, head_dim, tokens, s, query, true);
         }
+    }
+}
+
+/// Rotary positions in the half-split form of Qwen2 (Su et al. 2021), in place over the first `heads` heads of each
+/// row of `[tokens, stride]`, row `t` at position `t`. Its backward is the turn back: `turn` is 1 forward, -1 backward.
+pub fn rope(x: &mut [f32], stride: usize, heads: usize, head_dim: usize, theta: f32, turn: f32) {
+    let half = head_dim / 2;
+    for (position, row) in x.chunks_exact_mut(stride).enumerate() {
+        for i in 0..half {
+            let frequency = theta.powf(-2.0 * i as f32 / head_dim as f32);
+            let (sin, cos) = (position as f32 * frequency).sin_cos();
+            let sin = sin * turn;
+            for head in row.chunks_exact_mut(head_dim).take(heads) {
+                let (a, b) = (head[i], head[i + half]);
+                head[i] = a * cos - b * sin;
+                head[i + half] = b * cos + a * sin;
+            }
+        }
+    }
+}
+
+/// `out = x / sqrt(mean(x²) + eps) · weight` over each row of `[rows, width]`; keeps each row's factor in `scales`.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], scales: &mut [f32]) {
+    let width = weight.len();
+    for ((row, out), scale) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(scales) {
+        let [squares] = lane_sums(width, |i| [row[i] * row[i]]);
+        *scale = 1.0 / (squares / width as f32 + eps).sqrt();
+        for i in 0..width {
+            out[i] = row[i] * *scale * weight[i];
+        }
+    }
+}
+
+/// Backward of [`rms_norm`]: *adds* to `x_gradient` and `weight_gradient`.
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    scales: &[f32],
+    out_gradient: &[f32],
+    weight_gradient: &mut [f32],
+    x_gradient: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(out_gradient.chunks_exact(width));
+    for (((row, gradient), scale), x_gradient) in rows.zip(scales).zip(x_gradient.chunks_exact_mut(width)) {
+        let [along] = lane_sums(width, |i| [gradient[i] * weight[i] * row[i]]);
+        let along = along * scale * scale / width as f32;
+        for i in 0..width {
+            x_gradient[i] += scale * (gradient[i] * weight[i] - row[i] * along);
+            weight_gradient[i] += gradient[i] * row[i] * scale;
+        }
+    }
+}
+
+/// `out = silu(gate) · up`, the gated linear unit of Qwen2.
+pub fn gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate / (1.0 + exponential(-gate)) * up;
+    }
+}
+
+/// Backward of [`gated_silu`]: writes the gradients of `gate` and `up`.
+pub fn gated_silu_backward(
+    gate: &[f32],
+    up: &[f32],
+    out_gradient: &[f32],
+    gate_gradient: &mut [f32],
+    up_gradient: &mut [f32],
+) {
+    let out = gate_gradient.iter_mut().zip(up_gradient);
+    for ((((gate_gradient, up_gradient), gate), up), g) in out.zip(gate).zip(up).zip(out_gradient) {
+        let sigmoid = 1.0 / (1.0 + exponential(-gate));
+        *up_gradient = g * gate * sigmoid;
+        *gate_gradient = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+    }
+}
+
+/// Dropout in place: every element is kept with probability `1 - rate` and scaled up, or set to zero. Which ones follows
+/// from `seed` alone, so that the same call on the gradient is the backward.
+pub fn dropout(x: &mut [f32], rate: f32, seed: u32) {
+    let bound = (f64::from(rate) * f64::from(u32::MAX)) as u32;
+    let scale = 1.0 / (1.0 - rate);
+    for (i, value) in x.iter_mut().enumerate() {
+        // An integer hash (Wellons' lowbias32).
+        let mut bits = (i as u32).wrapping_add(seed.wrapping_mul(0x9e37_79b9));
+        bits = (bits ^ bits >> 16).wrapping_mul(0x7feb_352d);
+        bits = (bits ^ bits >> 15).wrapping_mul(0x846c_a68b);
+        bits ^= bits >> 16;
+        *value *= if bits < bound { 0.0 } else { scale };
+    }
+}
+
+/// `out = x · weightᵀ` without a bias: x `[rows, in]`, weight `[out, in]`, out `[rows, out]`.
+pub fn project(x: &[f32], rows: usize, weight: &[f32], inputs: usize, out: &mut [f32]) {
+    let outputs = weight.len() / inputs;
+    multiply(out, rows, outputs, inputs, Matrix::new(x, inputs), Matrix::transposed(weight, inputs), false);
+}
+
+/// Backward of [`project`]: adds to `weight_gradient`; writes `x_gradient`, or adds to it with `accumulate`.
+#[allow(clippy::too_many_arguments)] // the tensors of one product and its two derivatives
+pub fn project_backward(
+    x: &[f32],
+    rows: usize,
+    weight: &[f32],
+    inputs: usize,
+    out_gradient: &[f32],
+    weight_gradient: &mut [f32],
+    x_gradient: Option<&mut [f32]>,
+    accumulate: bool,
+) {
+    let outputs = weight.len() / inputs;
+    let gradient = &out_gradient[..rows * outputs];
+    if let Some(x_gradient) = x_gradient {
+        let (g, w) = (Matrix::new(gradient, outputs), Matrix::new(weight, inputs));
+        multiply(x_gradient, rows, inputs, outputs, g, w, accumulate);
+    }
+    let (g, x) = (Matrix::transposed(gradient, outputs), Matrix::new(x, inputs));
+    multiply(weight_gradient, outputs, inputs, rows, g, x, true);
+}
+
+/// `out[i] = table[ids[i]]`: table `[rows, width]`, out `[ids, width]`. An id outside of the table is the caller's mistake.
+pub fn embed(table: &[f32], width: usize, ids: &[u32], out: &mut [f32]) {
+    for (id, out) in ids.iter().zip(out.chunks_exact_mut(width)) {
+        out.copy_from_slice(&table[*id as usize * width..][..width]);
+    }
+}
+
+/// Backward of [`embed`]: adds to `table_gradient`.
+pub fn embed_backward(width: usize, ids: &[u32], out_gradient: &[f32], table_gradient: &mut [f32]) {
+    for (id, gradient) in ids.iter().zip(out_gradient.chunks_exact(width)) {
+        let row = &mut table_gradient[*id as usize * width..][..width];
+        row.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
     }
 }
 

@@ -103,6 +103,23 @@ impl Plan {
         &self.entries
     }
 
+    /// Lowers the rate of matrices whose values are smaller than those of a common layer, and of their biases, in
+    /// proportion: Adam's steps have one size, which would wreck weights that a folded layer scale has made small.
+    pub fn scale_rates(&mut self, values: &[f32], wanted: impl Fn(&str) -> bool) {
+        /// Deviation of a common layer's weights.
+        const COMMON: f32 = 0.02;
+        let mut factors = HashMap::new();
+        for entry in self.entries.iter().filter(|entry| entry.shape.len() > 1) {
+            let squares: f32 = values[entry.range.clone()].iter().map(|value| value * value).sum();
+            let deviation = (squares / entry.range.len() as f32).sqrt();
+            factors.insert(entry.name.trim_end_matches(".weight").to_owned(), (deviation / COMMON).clamp(0.05, 1.0));
+        }
+        for entry in self.entries.iter_mut().filter(|entry| wanted(&entry.name)) {
+            let layer = entry.name.trim_end_matches(".weight").trim_end_matches(".bias");
+            entry.treatment.rate *= factors.get(layer).copied().unwrap_or(1.0);
+        }
+    }
+
     /// Fills `values` from a safetensors file with the tensors that `wanted` accepts, under the names it gives.
     pub fn load(
         &self,
@@ -160,4 +177,29 @@ pub fn read_tensors(path: &Path) -> Result<HashMap<String, Tensor>, ParameterErr
 pub fn two<'a>(values: &'a mut [f32], first: &Range<usize>, second: &Range<usize>) -> (&'a mut [f32], &'a mut [f32]) {
     let (head, tail) = values.split_at_mut(second.start);
     (&mut head[first.clone()], &mut tail[..second.len()])
+}
+
+/// Compares gradients with finite differences of `loss`, along a random direction within each tensor, so that every
+/// element counts.
+#[cfg(test)]
+pub(crate) fn check_gradients(plan: &Plan, values: &mut [f32], gradients: &[f32], mut loss: impl FnMut(&[f32]) -> f64) {
+    use rand::{Rng, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(23);
+    for entry in plan.entries() {
+        let direction: Vec<f32> = (0..entry.range.len()).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+        let kept = values[entry.range.clone()].to_vec();
+        let mut at = |shift: f32| {
+            for ((value, kept), d) in values[entry.range.clone()].iter_mut().zip(&kept).zip(&direction) {
+                *value = kept + shift * d / length;
+            }
+            loss(values)
+        };
+        let step = 4e-3;
+        let slope = (at(step) - at(-step)) / f64::from(2.0 * step);
+        values[entry.range.clone()].copy_from_slice(&kept);
+        let along = gradients[entry.range.clone()].iter().zip(&direction).map(|(g, d)| g * d / length).sum::<f32>();
+        let error = (slope - f64::from(along)).abs();
+        assert!(error < 2e-3 + 0.02 * slope.abs(), "{}: {along} against {slope}", entry.name);
+    }
 }
