@@ -1,1 +1,5 @@
 //! Puts the stages together: a window in, an observation out.
+
+pub mod policy;
+
+pub use policy::{Policy, PolicyError};
