@@ -3,6 +3,7 @@
 //! [`Device`] is the list of operations; [`cpu`] implements it on the CPU. Nothing here knows of models.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
+mod check;
 pub mod cpu;
 pub mod device;
 pub mod tensor;

@@ -4,8 +4,10 @@
 //! [`media`] → [`model`] (over [`weights`]) → [`text`] → [`verify`] → [`watch`] → observations.
 #![deny(unsafe_code)]
 
+pub mod manifest;
 pub mod media;
 pub mod model;
+pub mod observation;
 pub mod text;
 pub mod verify;
 pub mod watch;

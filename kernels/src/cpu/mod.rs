@@ -1,1 +1,342 @@
-//! The CPU device.
+//! The CPU device: a thread pool, and kernels written once over the vectors of AVX-512, AVX2 or the build's target.
+//!
+//! This file checks sizes and hands each operation to the file of its family.
+
+mod attention;
+mod bandwidth;
+mod convolution;
+mod elementwise;
+pub mod gemm;
+mod linear;
+mod math;
+mod norm;
+pub mod pool;
+mod position;
+mod simd;
+mod stored;
+
+pub use bandwidth::measure_read_bandwidth;
+
+use crate::check;
+use crate::device::{Activation, AttentionShape, Device, DeviceError, Result, Unfold};
+use crate::tensor::HostTensor;
+use pool::ThreadPool;
+use simd::Level;
+use std::borrow::Cow;
+use stored::{small, values};
+
+/// The CPU as a device; clones share the threads.
+#[derive(Clone, Debug)]
+pub struct CpuDevice {
+    pool: ThreadPool,
+    /// A pool of the calling thread alone, for products within a task.
+    serial: ThreadPool,
+    level: Level,
+}
+
+/// f32 activations in memory.
+#[derive(Debug)]
+pub struct CpuBuffer(Vec<f32>);
+
+/// A weight in memory or in a mapped file.
+#[derive(Clone, Debug)]
+pub struct CpuWeight(HostTensor);
+
+impl CpuDevice {
+    /// A device that uses `threads` threads (`None`: one for each core this process may use) and the best instruction
+    /// set of the processor, or the one that the environment variable `CANDOR_CPU` names.
+    pub fn new(threads: Option<usize>) -> Self {
+        Self::at(threads, Level::chosen())
+    }
+
+    /// A device that uses the instruction set `level` (`portable`, `avx2` or `avx512`), if the processor has it.
+    pub fn with_level(threads: Option<usize>, level: &str) -> Option<Self> {
+        Level::named(level).map(|level| Self::at(threads, level))
+    }
+
+    fn at(threads: Option<usize>, level: Level) -> Self {
+        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level }
+    }
+
+    /// The threads, for work beside the operations of a model.
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+}
+
+/// A bias of `outputs` elements as f32.
+fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) -> Result<Option<Cow<'a, [f32]>>> {
+    let Some(bias) = bias else { return Ok(None) };
+    check::exactly(op, "bias", bias.0.elements(), &[outputs])?;
+    Ok(Some(small(&bias.0)))
+}
+
+impl Device for CpuDevice {
+    type Buffer = CpuBuffer;
+    type Weight = CpuWeight;
+
+    fn describe(&self) -> String {
+        format!("CPU, {} kernels, {} threads", self.level.name(), self.pool.threads())
+    }
+
+    fn allocate(&self, len: usize) -> Result<CpuBuffer> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(len)
+            .map_err(|_| DeviceError::OutOfMemory { bytes: len.saturating_mul(size_of::<f32>()) })?;
+        data.resize(len, 0.0);
+        Ok(CpuBuffer(data))
+    }
+
+    fn len(&self, buffer: &CpuBuffer) -> usize {
+        buffer.0.len()
+    }
+
+    fn write(&self, data: &[f32], to: &mut CpuBuffer, offset: usize) -> Result<()> {
+        let end = check::range("write", "to", to.0.len(), offset, data.len())?;
+        to.0[offset..end].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read(&self, from: &CpuBuffer, offset: usize, out: &mut [f32]) -> Result<()> {
+        let end = check::range("read", "from", from.0.len(), offset, out.len())?;
+        out.copy_from_slice(&from.0[offset..end]);
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        from: &CpuBuffer,
+        from_offset: usize,
+        to: &mut CpuBuffer,
+        to_offset: usize,
+        len: usize,
+    ) -> Result<()> {
+        let from_end = check::range("copy", "from", from.0.len(), from_offset, len)?;
+        let to_end = check::range("copy", "to", to.0.len(), to_offset, len)?;
+        to.0[to_offset..to_end].copy_from_slice(&from.0[from_offset..from_end]);
+        Ok(())
+    }
+
+    fn weight(&self, tensor: &HostTensor) -> Result<CpuWeight> {
+        Ok(CpuWeight(tensor.clone()))
+    }
+
+    fn embed(&self, table: &CpuWeight, ids: &[u32], out: &mut CpuBuffer, offset: usize) -> Result<()> {
+        let (rows, width) = (table.0.rows(), table.0.row_len());
+        for &id in ids {
+            check::argument("embed", (id as usize) < rows, || format!("id {id} in a table of {rows} rows"))?;
+        }
+        let len = check::at_least("embed", "out", usize::MAX, &[ids.len(), width])?;
+        let end = check::range("embed", "out", out.0.len(), offset, len)?;
+        position::embed(self.level, values(&table.0), width, ids, &mut out.0[offset..end]);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: &CpuBuffer,
+        rows: usize,
+        weight: &CpuWeight,
+        bias: Option<&CpuWeight>,
+        activation: Activation,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let (outputs, depth) = (weight.0.rows(), weight.0.row_len());
+        let x_len = check::at_least("linear", "x", x.0.len(), &[rows, depth])?;
+        let out_len = check::at_least("linear", "out", out.0.len(), &[rows, outputs])?;
+        let bias = bias_of("linear", bias, outputs)?;
+        let (x, out) = (&x.0[..x_len], &mut out.0[..out_len]);
+        let layer = linear::Layer { weight: values(&weight.0), outputs, depth, bias: bias.as_deref(), activation };
+        linear::linear(self.level, &self.pool, x, rows, layer, out)
+    }
+
+    fn layer_norm(
+        &self,
+        x: &CpuBuffer,
+        rows: usize,
+        weight: &CpuWeight,
+        bias: &CpuWeight,
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let width = weight.0.elements();
+        check::exactly("layer_norm", "bias", bias.0.elements(), &[width])?;
+        let len = check::at_least("layer_norm", "x", x.0.len(), &[rows, width])?;
+        check::at_least("layer_norm", "out", out.0.len(), &[len])?;
+        let (weight, bias) = (small(&weight.0), small(&bias.0));
+        norm::layer_norm(self.level, &self.pool, &x.0[..len], &weight, &bias, eps, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &CpuBuffer, rows: usize, weight: &CpuWeight, eps: f32, out: &mut CpuBuffer) -> Result<()> {
+        let len = check::at_least("rms_norm", "x", x.0.len(), &[rows, weight.0.elements()])?;
+        check::at_least("rms_norm", "out", out.0.len(), &[len])?;
+        norm::rms_norm(self.level, &self.pool, &x.0[..len], &small(&weight.0), eps, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn activate(&self, activation: Activation, x: &mut CpuBuffer, len: usize) -> Result<()> {
+        check::at_least("activate", "x", x.0.len(), &[len])?;
+        elementwise::activate(self.level, &self.pool, activation, &mut x.0[..len]);
+        Ok(())
+    }
+
+    fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, len: usize) -> Result<()> {
+        check::at_least("add", "x", x.0.len(), &[len])?;
+        check::at_least("add", "y", y.0.len(), &[len])?;
+        elementwise::add(self.level, &self.pool, &mut x.0[..len], &y.0);
+        Ok(())
+    }
+
+    fn multiply(&self, x: &mut CpuBuffer, y: &CpuBuffer, len: usize) -> Result<()> {
+        check::at_least("multiply", "x", x.0.len(), &[len])?;
+        check::at_least("multiply", "y", y.0.len(), &[len])?;
+        elementwise::multiply(self.level, &self.pool, &mut x.0[..len], &y.0);
+        Ok(())
+    }
+
+    fn add_positions(&self, x: &mut CpuBuffer, rows: usize, table: &CpuWeight, first: usize) -> Result<()> {
+        let (table_rows, width) = (table.0.rows(), table.0.row_len());
+        let len = check::at_least("add_positions", "x", x.0.len(), &[rows, width])?;
+        check::argument("add_positions", len == 0 || table_rows > 0, || "the table has no rows".to_owned())?;
+        let x = &mut x.0[..len];
+        position::add_positions(self.level, &self.pool, x, values(&table.0), table_rows, width, first);
+        Ok(())
+    }
+
+    fn softmax(&self, x: &CpuBuffer, rows: usize, width: usize, out: &mut CpuBuffer) -> Result<()> {
+        let len = check::at_least("softmax", "x", x.0.len(), &[rows, width])?;
+        check::at_least("softmax", "out", out.0.len(), &[len])?;
+        norm::softmax(self.level, &self.pool, &x.0[..len], width, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        x: &mut CpuBuffer,
+        rows: usize,
+        heads: usize,
+        head_dim: usize,
+        first: usize,
+        theta: f32,
+    ) -> Result<()> {
+        let len = check::at_least("rope", "x", x.0.len(), &[rows, heads, head_dim])?;
+        check::argument("rope", head_dim.is_multiple_of(2), || format!("head width {head_dim} is odd"))?;
+        check::argument("rope", first.checked_add(rows).is_some(), || format!("position {first} is too large"))?;
+        position::rope(&self.pool, &mut x.0[..len], heads, head_dim, first, theta);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &CpuBuffer,
+        k: &CpuBuffer,
+        v: &CpuBuffer,
+        shape: AttentionShape,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, .. } = shape;
+        let q_len = check::at_least("attention", "q", q.0.len(), &[batch, queries, heads, head_dim])?;
+        let k_len = check::at_least("attention", "k", k.0.len(), &[batch, keys, key_heads, head_dim])?;
+        check::at_least("attention", "v", v.0.len(), &[k_len])?;
+        check::at_least("attention", "out", out.0.len(), &[q_len])?;
+        if q_len == 0 {
+            return Ok(());
+        }
+        check::argument("attention", keys > 0, || "there are no keys".to_owned())?;
+        check::argument("attention", key_heads > 0 && heads.is_multiple_of(key_heads), || {
+            format!("{heads} heads cannot share {key_heads} key heads")
+        })?;
+        check::argument("attention", !causal || queries <= keys, || {
+            format!("{queries} queries of {keys} keys cannot be causal")
+        })?;
+        let inputs = attention::Inputs { q: &q.0[..q_len], k: &k.0[..k_len], v: &v.0[..k_len], shape };
+        attention::attention(self.level, &self.pool, &self.serial, inputs, &mut out.0[..q_len])
+    }
+
+    fn unfold(&self, x: &CpuBuffer, unfold: Unfold, out: &mut CpuBuffer) -> Result<()> {
+        let output = check::unfold(&unfold)?;
+        let ([t, h, w], [kt, kh, kw]) = (unfold.size, unfold.kernel);
+        check::at_least("unfold", "x", x.0.len(), &[t, h, w, unfold.channels])?;
+        let dims = [output[0], output[1], output[2], unfold.channels, kt, kh, kw];
+        let len = check::at_least("unfold", "out", out.0.len(), &dims)?;
+        convolution::unfold(&self.pool, &x.0, unfold, output, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn depthwise3x3(
+        &self,
+        x: &CpuBuffer,
+        size: [usize; 3],
+        weight: &CpuWeight,
+        bias: Option<&CpuWeight>,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let channels = weight.0.rows();
+        check::exactly("depthwise3x3", "weight", weight.0.row_len(), &[3, 3])?;
+        let bias = bias_of("depthwise3x3", bias, channels)?;
+        let len = check::at_least("depthwise3x3", "x", x.0.len(), &[size[0], size[1], size[2], channels])?;
+        check::at_least("depthwise3x3", "out", out.0.len(), &[len])?;
+        let (x, out) = (&x.0[..len], &mut out.0[..len]);
+        convolution::depthwise3x3(self.level, &self.pool, x, size, &small(&weight.0), bias.as_deref(), out);
+        Ok(())
+    }
+
+    fn mean_rows(
+        &self,
+        x: &CpuBuffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        check::argument("mean_rows", per_group > 0, || "the mean of no rows".to_owned())?;
+        check::at_least("mean_rows", "x", x.0.len(), &[groups, per_group, width])?;
+        let len = check::at_least("mean_rows", "out", out.0.len(), &[groups, width])?;
+        elementwise::mean_rows(self.level, &self.pool, &x.0, per_group, width, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn scale_groups(
+        &self,
+        x: &mut CpuBuffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        factor: &CpuBuffer,
+    ) -> Result<()> {
+        let len = check::at_least("scale_groups", "x", x.0.len(), &[groups, per_group, width])?;
+        check::at_least("scale_groups", "factor", factor.0.len(), &[groups, width])?;
+        elementwise::scale_groups(self.level, &self.pool, &mut x.0[..len], per_group, width, &factor.0);
+        Ok(())
+    }
+
+    fn bilinear(
+        &self,
+        x: &CpuBuffer,
+        frames: usize,
+        from: (usize, usize),
+        to: (usize, usize),
+        channels: usize,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        check::at_least("bilinear", "x", x.0.len(), &[frames, from.0, from.1, channels])?;
+        let len = check::at_least("bilinear", "out", out.0.len(), &[frames, to.0, to.1, channels])?;
+        check::argument("bilinear", len == 0 || (from.0 > 0 && from.1 > 0), || "the input is empty".to_owned())?;
+        convolution::bilinear(self.level, &self.pool, &x.0, from, to, channels, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn weighted_sum(&self, parts: &[&CpuBuffer], weights: &[f32], len: usize, out: &mut CpuBuffer) -> Result<()> {
+        check::argument("weighted_sum", parts.len() == weights.len(), || {
+            format!("{} parts and {} weights", parts.len(), weights.len())
+        })?;
+        for part in parts {
+            check::at_least("weighted_sum", "a part", part.0.len(), &[len])?;
+        }
+        check::at_least("weighted_sum", "out", out.0.len(), &[len])?;
+        let parts: Vec<&[f32]> = parts.iter().map(|part| part.0.as_slice()).collect();
+        elementwise::weighted_sum(self.level, &self.pool, &parts, weights, &mut out.0[..len]);
+        Ok(())
+    }
+}

@@ -22,6 +22,17 @@ pub enum DecodeError {
         /// Rows of the embedding table.
         vocabulary: usize,
     },
+    /// Nothing was given to append.
+    #[error("no tokens to append; at least one is needed")]
+    NoTokens,
+    /// A roll-back to where the cache never was, or to before its first position.
+    #[error("cannot roll back to position {position}; the cache holds {held}, and keeps at least 1")]
+    Truncate {
+        /// The position asked for.
+        position: usize,
+        /// Positions in the cache.
+        held: usize,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

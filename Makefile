@@ -1,0 +1,35 @@
+# The everyday commands. `make` alone lists them.
+
+# The build profile of the demo and the benchmark.
+PROFILE ?= release
+profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+candor = target/$(profile_folder)/candor
+
+.PHONY: help setup build test demo bench lint check-docs
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup: ## install what is missing (GStreamer and its development files, by apt)
+	@scripts/setup.sh
+
+build: setup ## build the command line, target/release/candor
+	cargo build --locked --profile $(PROFILE) -p candor
+
+test: setup ## run every test
+	@scripts/test.sh
+
+demo: build ## run the default model over demo/sad-to-happy.mp4 and write demo.html
+	$(candor) watch --html demo.html demo/sad-to-happy.mp4
+	@echo "Now open demo.html in a browser."
+
+bench: build ## time every stage of the default model
+	$(candor) bench
+
+lint: setup ## format, clippy, documentation, licences
+	@scripts/lint.sh
+
+check-docs: setup ## run the commands of the documentation, check its links and options
+	cargo build --locked --workspace --bins --quiet
+	@scripts/check-docs.py

@@ -1,0 +1,159 @@
+//! A model folder, opened and ready.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candor_kernels::Device;
+
+use super::audio::AudioTower;
+use super::checkpoint::{AUDIO, BERT, Tower, VISION, finish_main, finish_tower};
+use super::config::ModelConfig;
+use super::decoder::{Decoder, Session};
+use super::gate::{BRANCHES, Gate};
+use super::layers::Loader;
+use super::projector::Projector;
+use super::vision::VisionTower;
+use super::{ModelError, Rows};
+use crate::weights::{Checkpoint, Inventory};
+
+/// All parts of a model. Its buffers are taken on first use and kept; results go into [`Rows`] that the caller keeps.
+pub struct Model<D: Device> {
+    device: D,
+    config: ModelConfig,
+    vision: VisionTower<D>,
+    projector: Projector<D>,
+    gate: Gate<D>,
+    audio: Option<AudioTower<D>>,
+    decoder: Arc<Decoder<D>>,
+    mapped_bytes: usize,
+}
+
+impl<D: Device> Model<D> {
+    /// Opens a model folder in the published layout. Weights are mapped, and every tensor's name, type and shape is
+    /// checked; on the CPU nothing is copied.
+    pub fn open(folder: &Path, device: D) -> Result<Self, ModelError> {
+        let config = ModelConfig::read(folder)?;
+        let main = Checkpoint::open(folder)?;
+        let vision_tower = Tower::find(
+            &main,
+            VISION,
+            config.vision_folder.as_deref(),
+            &["vision_model.", "vision_tower.vision_model."],
+        )?;
+        let bert_tower = Tower::find(&main, BERT, config.bert_folder.as_deref(), &["bert."])?;
+        let audio_tower = match config.audio {
+            Some(_) => Tower::find(&main, AUDIO, config.audio_folder.as_deref(), &["model.encoder.", "encoder."])?,
+            None => None,
+        };
+
+        let inventory = Inventory::new(&main);
+        let separate = [&vision_tower, &bert_tower, &audio_tower];
+        let inventories = separate.map(|t| t.as_ref().map(|t| (Inventory::new(&t.checkpoint), t)));
+        let part = |index: usize, inside: &str| {
+            Loader::new(
+                &device,
+                match &inventories[index] {
+                    Some((inventory, tower)) => inventory.part(tower.prefix),
+                    None => inventory.part(inside),
+                },
+            )
+        };
+        let root = Loader::new(&device, inventory.part(""));
+        let inside = root.under("model");
+
+        let vision = VisionTower::load(&device, &part(0, VISION), &config.vision)?;
+        let projector_part = inside.under("mm_projector");
+        let width = config.decoder.width;
+        let projector = Projector::load(&device, &projector_part, config.projector, &config.vision, width)?;
+        let gate = Gate::load(&device, &part(1, BERT), &inside.under("bert_gate"), &config.bert)?;
+        let audio = match &config.audio {
+            Some(audio) => {
+                let projector = inside.under("audio_projector");
+                Some(AudioTower::load(&device, &part(2, AUDIO), &projector, audio, width)?)
+            }
+            None => None,
+        };
+        let decoder = Arc::new(Decoder::load(&device, &root, &config.decoder)?);
+
+        finish_main(&inventory, &config)?;
+        for (inventory, tower) in inventories.iter().flatten() {
+            finish_tower(inventory, tower, &config)?;
+        }
+        let towers: usize = separate.iter().filter_map(|t| t.as_ref()).map(|t| t.checkpoint.mapped_bytes()).sum();
+        let mapped_bytes = main.mapped_bytes() + towers;
+        Ok(Model { vision, projector, gate, audio, decoder, config, mapped_bytes, device: device.clone() })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Bytes of the mapped weight files.
+    pub fn mapped_bytes(&self) -> usize {
+        self.mapped_bytes
+    }
+
+    /// No rows yet, to be filled by the calls below.
+    pub fn rows(&self) -> Result<Rows<D>, ModelError> {
+        Rows::empty(&self.device)
+    }
+
+    /// Normalised frames `[frames, 3, side, side]` → patch states `[frames · patches, vision width]`.
+    pub fn vision_features(&mut self, pixels: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.vision.forward(&self.device, pixels, out)
+    }
+
+    /// Frames as packed 8-bit RGB `[side, side, 3]`, already of the model's size → as [`Self::vision_features`].
+    pub fn vision_features_rgb(&mut self, frames: &[&[u8]], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.vision.forward_rgb(&self.device, frames, out)
+    }
+
+    /// Word-piece ids of the instruction, with `[CLS]` and `[SEP]` → weights of the branches video, body and face.
+    /// Computed once for an instruction.
+    pub fn gate(&mut self, instruction_ids: &[u32]) -> Result<[f32; BRANCHES], ModelError> {
+        self.gate.forward(&self.device, instruction_ids)
+    }
+
+    /// Patch states of a window's frames → video tokens `[frames · tokens a frame, decoder width]`.
+    pub fn video_tokens(
+        &mut self,
+        features: &Rows<D>,
+        gate: [f32; BRANCHES],
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let tokens = self.projector.forward(&self.device, features)?;
+        self.projector.mix(&self.device, tokens, gate, out)
+    }
+
+    /// The projector's branches video, body and face of a window on the host, each `[tokens, decoder width]`.
+    pub fn branches(&mut self, features: &Rows<D>) -> Result<[Vec<f32>; BRANCHES], ModelError> {
+        let tokens = self.projector.forward(&self.device, features)?;
+        let branch = |i| self.projector.branch(&self.device, i, tokens);
+        Ok([branch(0)?, branch(1)?, branch(2)?])
+    }
+
+    /// Log-mel features `[mels, 2 · positions]` → states `[positions, audio width]`.
+    pub fn audio_states(&mut self, mel: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.audio.as_mut().ok_or_else(no_audio)?.states(&self.device, mel, out)
+    }
+
+    /// Audio states → audio tokens `[positions / 3, decoder width]`.
+    pub fn audio_tokens(&mut self, states: &Rows<D>, out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.audio.as_mut().ok_or_else(no_audio)?.project(&self.device, states, out)
+    }
+
+    /// A decoder session with room for `capacity` positions. It outlives the model, and one is enough for many prompts.
+    pub fn session(&self, capacity: usize) -> Result<Session<D>, ModelError> {
+        Session::new(self.decoder.clone(), capacity)
+    }
+}
+
+fn no_audio() -> ModelError {
+    ModelError::input("audio", "this model has no audio tower")
+}

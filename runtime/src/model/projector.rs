@@ -1,0 +1,280 @@
+//! The vision projectors `all_in_one_small` and `all_in_one`: patch states of several frames to three branches of
+//! video tokens, which the gate's weights mix.
+//!
+//! Two branches (video, body) look at space and time: RegNet stage (Radosavovic et al. 2020) → 2×2×2 convolution,
+//! causal in time → RegNet stage → MLP. The third (face) is an MLP a patch, then a bilinear halving of the grid.
+
+use candor_kernels::{Activation, Device, DeviceError, Unfold};
+
+use super::config::{ProjectorKind, VisionConfig};
+use super::gate::BRANCHES;
+use super::layers::{Bias, LayerNorm, Linear, Loader};
+use super::rows::{allocate, grow};
+use super::{ModelError, Rows};
+
+/// timm's norm-and-activation layers use PyTorch's default.
+const EPS: f32 = 1e-5;
+/// Kernel of the convolution over time and space.
+const KERNEL: usize = 2;
+/// Hidden width of squeeze-and-excite, as a share of the block's input channels.
+const SQUEEZE: f64 = 0.25;
+
+/// One RegNet block.
+struct Block<D: Device> {
+    conv1: Linear<D>,
+    norm1: LayerNorm<D>,
+    depthwise: D::Weight,
+    norm2: LayerNorm<D>,
+    squeeze: Linear<D>,
+    excite: Linear<D>,
+    conv3: Linear<D>,
+    norm3: LayerNorm<D>,
+    shortcut: Option<(Linear<D>, LayerNorm<D>)>,
+    squeezed: usize,
+}
+
+/// A branch over space and time.
+struct Branch<D: Device> {
+    before: Vec<Block<D>>,
+    sampler: Linear<D>,
+    after: Vec<Block<D>>,
+    readout: [Linear<D>; 2],
+}
+
+/// The projector with the buffers of its forward pass.
+pub struct Projector<D: Device> {
+    kind: ProjectorKind,
+    side: usize,
+    width: usize,
+    branches: [Branch<D>; 2],
+    face: [Linear<D>; 2],
+    work: Work<D>,
+    columns: D::Buffer,
+    outputs: [D::Buffer; BRANCHES],
+}
+
+/// Buffers of a block: its input and output, and what passes between its layers.
+struct Work<D: Device> {
+    input: D::Buffer,
+    output: D::Buffer,
+    first: D::Buffer,
+    second: D::Buffer,
+    pooled: D::Buffer,
+    squeezed: D::Buffer,
+    factors: D::Buffer,
+}
+
+impl<D: Device> Projector<D> {
+    pub(super) fn load(
+        device: &D,
+        loader: &Loader<'_, D>,
+        kind: ProjectorKind,
+        vision: &VisionConfig,
+        width: usize,
+    ) -> Result<Self, ModelError> {
+        let branch = |name: &str| -> Result<Branch<D>, ModelError> {
+            Ok(Branch {
+                before: stage(&loader.under(&format!("s1_{name}")), kind.depth(), vision.width, width)?,
+                sampler: loader.convolution(
+                    &format!("sampler_{name}.0"),
+                    &[width, width, KERNEL, KERNEL, KERNEL],
+                    Bias::Each,
+                )?,
+                after: stage(&loader.under(&format!("s2_{name}")), kind.depth(), width, width)?,
+                readout: mlp(&loader.under(&format!("readout_{name}")), width, width)?,
+            })
+        };
+        let none = || allocate(device, &[0]);
+        Ok(Projector {
+            kind,
+            side: vision.side(),
+            width,
+            branches: [branch("video")?, branch("body")?],
+            face: mlp(&loader.under("mlp_2xgelu_face"), vision.width, width)?,
+            work: Work {
+                input: none()?,
+                output: none()?,
+                first: none()?,
+                second: none()?,
+                pooled: none()?,
+                squeezed: none()?,
+                factors: none()?,
+            },
+            columns: none()?,
+            outputs: [none()?, none()?, none()?],
+        })
+    }
+
+    /// Patch states `[frames · patches, vision width]` → the three branches, each `[frames · reduced side²,
+    /// decoder width]`, kept for [`Self::mix`]. Returns their rows.
+    pub(super) fn forward(&mut self, device: &D, states: &Rows<D>) -> Result<usize, ModelError> {
+        let patches = self.side * self.side;
+        let frames = states.rows() / patches;
+        if frames == 0 || !states.rows().is_multiple_of(patches) {
+            let reason = format!("{} states are no whole number of frames of {patches}", states.rows());
+            return Err(ModelError::input("vision features", reason));
+        }
+        let reduced = self.kind.reduced(self.side);
+        let unfold = self.sampler(frames);
+        let tokens = frames * reduced * reduced;
+        let Work { input, output, first, second, .. } = &mut self.work;
+        for buffer in [input, output, first, second] {
+            grow(device, buffer, &[frames, patches, self.width.max(states.width())])?;
+        }
+        grow(device, &mut self.columns, &[tokens, unfold.column()])?;
+        for output in &mut self.outputs {
+            grow(device, output, &[tokens, self.width])?;
+        }
+        for (branch, out) in self.branches.iter().zip(&mut self.outputs) {
+            let work = &mut self.work;
+            device.copy(&states.buffer, 0, &mut work.input, 0, states.rows() * states.width())?;
+            work.run(device, &branch.before, frames, self.side, self.width)?;
+            device.unfold(&work.input, unfold, &mut self.columns)?;
+            branch.sampler.forward(device, &self.columns, tokens, Activation::Silu, &mut work.input)?;
+            work.run(device, &branch.after, frames, reduced, self.width)?;
+            run_mlp(device, &branch.readout, &work.input, tokens, &mut work.first, out)?;
+        }
+        let Work { first, second, .. } = &mut self.work;
+        run_mlp(device, &self.face, &states.buffer, states.rows(), first, second)?;
+        let (from, to) = ((self.side, self.side), (reduced, reduced));
+        device.bilinear(second, frames, from, to, self.width, &mut self.outputs[2])?;
+        Ok(tokens)
+    }
+
+    /// Σ gate · branch of the last [`Self::forward`], which returned `tokens` → `[tokens, decoder width]`.
+    pub(super) fn mix(
+        &self,
+        device: &D,
+        tokens: usize,
+        gate: [f32; BRANCHES],
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        out.resize(device, tokens, self.width)?;
+        let [video, body, face] = &self.outputs;
+        device.weighted_sum(&[video, body, face], &gate, tokens * self.width, &mut out.buffer)?;
+        Ok(())
+    }
+
+    /// Branch `index` (video, body, face) of the last [`Self::forward`] on the host.
+    pub(super) fn branch(&self, device: &D, index: usize, tokens: usize) -> Result<Vec<f32>, ModelError> {
+        let mut out = vec![0.0; tokens * self.width];
+        device.read(&self.outputs[index], 0, &mut out)?;
+        Ok(out)
+    }
+
+    /// The 2×2×2 convolution: one zero frame before, none behind, so that no frame sees a later one.
+    fn sampler(&self, frames: usize) -> Unfold {
+        let pad = self.kind.padding();
+        Unfold {
+            size: [frames, self.side, self.side],
+            channels: self.width,
+            kernel: [KERNEL; 3],
+            stride: [1, KERNEL, KERNEL],
+            pad_before: [1, pad, pad],
+            pad_after: [0, pad, pad],
+        }
+    }
+}
+
+impl<D: Device> Work<D> {
+    /// Runs blocks over `input` `[frames, side, side, channels]`; the result is in `input` again.
+    fn run(
+        &mut self,
+        device: &D,
+        blocks: &[Block<D>],
+        frames: usize,
+        side: usize,
+        width: usize,
+    ) -> Result<(), ModelError> {
+        grow(device, &mut self.pooled, &[frames, width])?;
+        grow(device, &mut self.factors, &[frames, width])?;
+        for block in blocks {
+            grow(device, &mut self.squeezed, &[frames, block.squeezed])?;
+            self.block(device, block, frames, side, width)?;
+            std::mem::swap(&mut self.input, &mut self.output);
+        }
+        Ok(())
+    }
+
+    fn block(
+        &mut self,
+        device: &D,
+        block: &Block<D>,
+        frames: usize,
+        side: usize,
+        width: usize,
+    ) -> Result<(), DeviceError> {
+        let (pixels, identity) = (side * side, Activation::Identity);
+        let (rows, len) = (frames * pixels, frames * pixels * width);
+        let Work { input, output, first, second, pooled, squeezed, factors } = self;
+        block.conv1.forward(device, input, rows, identity, first)?;
+        block.norm1.forward(device, first, rows, second)?;
+        device.activate(Activation::Silu, second, len)?;
+        device.depthwise3x3(second, [frames, side, side], &block.depthwise, None, first)?;
+        block.norm2.forward(device, first, rows, second)?;
+        device.activate(Activation::Silu, second, len)?;
+        device.mean_rows(second, frames, pixels, width, pooled)?;
+        block.squeeze.forward(device, pooled, frames, Activation::Silu, squeezed)?;
+        block.excite.forward(device, squeezed, frames, Activation::Sigmoid, factors)?;
+        device.scale_groups(second, frames, pixels, width, factors)?;
+        block.conv3.forward(device, second, rows, identity, first)?;
+        block.norm3.forward(device, first, rows, output)?;
+        match &block.shortcut {
+            None => device.add(output, input, len)?,
+            Some((conv, norm)) => {
+                conv.forward(device, input, rows, identity, first)?;
+                norm.forward(device, first, rows, second)?;
+                device.add(output, second, len)?;
+            }
+        }
+        device.activate(Activation::Silu, output, len)
+    }
+}
+
+fn stage<D: Device>(loader: &Loader<'_, D>, depth: usize, from: usize, to: usize) -> Result<Vec<Block<D>>, ModelError> {
+    (1..=depth)
+        .map(|i| {
+            let from = if i == 1 { from } else { to };
+            let l = loader.under(&format!("b{i}"));
+            let pointwise =
+                |name: &str, from: usize| l.convolution(&format!("{name}.conv"), &[to, from, 1, 1], Bias::None);
+            let norm = |name: &str| l.layer_norm(&format!("{name}.bn"), to, EPS);
+            let squeezed = squeezed(from);
+            Ok(Block {
+                conv1: pointwise("conv1", from)?,
+                norm1: norm("conv1")?,
+                depthwise: l.weight("conv2.conv.weight", &[to, 1, 3, 3])?,
+                norm2: norm("conv2")?,
+                squeeze: l.convolution("se.fc1", &[squeezed, to, 1, 1], Bias::Each)?,
+                excite: l.convolution("se.fc2", &[to, squeezed, 1, 1], Bias::Each)?,
+                conv3: pointwise("conv3", to)?,
+                norm3: norm("conv3")?,
+                shortcut: (from != to)
+                    .then(|| Ok::<_, ModelError>((pointwise("downsample", from)?, norm("downsample")?)))
+                    .transpose()?,
+                squeezed,
+            })
+        })
+        .collect()
+}
+
+/// Hidden width of squeeze-and-excite; Python's `round`, halves to even.
+fn squeezed(from: usize) -> usize {
+    (from as f64 * SQUEEZE).round_ties_even() as usize
+}
+
+fn mlp<D: Device>(loader: &Loader<'_, D>, from: usize, to: usize) -> Result<[Linear<D>; 2], ModelError> {
+    Ok([loader.linear("0", from, to, Bias::Each)?, loader.linear("2", to, to, Bias::Each)?])
+}
+
+fn run_mlp<D: Device>(
+    device: &D,
+    [first, second]: &[Linear<D>; 2],
+    x: &D::Buffer,
+    rows: usize,
+    inner: &mut D::Buffer,
+    out: &mut D::Buffer,
+) -> Result<(), DeviceError> {
+    first.forward(device, x, rows, Activation::Gelu, inner)?;
+    second.forward(device, inner, rows, Activation::Identity, out)
+}

@@ -1,0 +1,65 @@
+//! Device buffers that grow to what is needed and are then kept.
+
+use candor_kernels::Device;
+
+use super::ModelError;
+
+/// A matrix `[rows, width]` on the device. It keeps its memory from use to use.
+pub struct Rows<D: Device> {
+    pub(super) buffer: D::Buffer,
+    rows: usize,
+    width: usize,
+}
+
+impl<D: Device> Rows<D> {
+    /// No rows yet.
+    pub fn empty(device: &D) -> Result<Self, ModelError> {
+        Ok(Rows { buffer: device.allocate(0)?, rows: 0, width: 0 })
+    }
+
+    /// Rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// A copy on the host, `[rows, width]`.
+    pub fn to_host(&self, device: &D) -> Result<Vec<f32>, ModelError> {
+        let mut out = vec![0.0; self.rows * self.width];
+        device.read(&self.buffer, 0, &mut out)?;
+        Ok(out)
+    }
+
+    /// Makes room for `rows · width`; what stood there is lost.
+    pub(super) fn resize(&mut self, device: &D, rows: usize, width: usize) -> Result<(), ModelError> {
+        grow(device, &mut self.buffer, &[rows, width])?;
+        (self.rows, self.width) = (rows, width);
+        Ok(())
+    }
+}
+
+/// Replaces a buffer that is shorter than the product of `sizes`.
+pub(super) fn grow<D: Device>(device: &D, buffer: &mut D::Buffer, sizes: &[usize]) -> Result<(), ModelError> {
+    let elements = elements(sizes)?;
+    if device.len(buffer) < elements {
+        *buffer = device.allocate(elements)?;
+    }
+    Ok(())
+}
+
+/// A new buffer of the product of `sizes`.
+pub(super) fn allocate<D: Device>(device: &D, sizes: &[usize]) -> Result<D::Buffer, ModelError> {
+    Ok(device.allocate(elements(sizes)?)?)
+}
+
+fn elements(sizes: &[usize]) -> Result<usize, ModelError> {
+    sizes
+        .iter()
+        .try_fold(1_usize, |n, &s| n.checked_mul(s))
+        .filter(|n| n.checked_mul(size_of::<f32>()).is_some())
+        .ok_or_else(|| ModelError::Overflow(sizes.to_vec()))
+}

@@ -1,0 +1,116 @@
+//! The SigLIP vision tower: a picture's patches to one state a patch.
+
+use candor_kernels::{Activation, Device, Unfold};
+
+use super::config::VisionConfig;
+use super::encoder::{Encoder, EncoderShape, Names, NormOrder};
+use super::layers::{Bias, Linear, Loader};
+use super::rows::{allocate, grow};
+use super::{ModelError, Rows};
+
+const COLOURS: usize = 3;
+
+const NAMES: Names = Names {
+    query: "self_attn.q_proj",
+    key: "self_attn.k_proj",
+    value: "self_attn.v_proj",
+    output: "self_attn.out_proj",
+    attention_norm: "layer_norm1",
+    up: "mlp.fc1",
+    down: "mlp.fc2",
+    mlp_norm: "layer_norm2",
+};
+
+/// The tower with the buffers of its forward pass.
+pub struct VisionTower<D: Device> {
+    config: VisionConfig,
+    patch_embedding: Linear<D>,
+    positions: D::Weight,
+    encoder: Encoder<D>,
+    host: Vec<f32>,
+    pixels: D::Buffer,
+    columns: D::Buffer,
+}
+
+impl<D: Device> VisionTower<D> {
+    pub(super) fn load(device: &D, loader: &Loader<'_, D>, config: &VisionConfig) -> Result<Self, ModelError> {
+        let embeddings = loader.under("embeddings");
+        let VisionConfig { width, patch, .. } = *config;
+        let patch_embedding = embeddings.convolution("patch_embedding", &[width, COLOURS, patch, patch], Bias::Each)?;
+        let positions = embeddings.weight("position_embedding.weight", &[config.patches(), width])?;
+        let shape = EncoderShape {
+            width,
+            heads: config.heads,
+            mlp: config.mlp,
+            layers: config.used_layers,
+            eps: config.eps,
+            activation: config.activation,
+            order: NormOrder::Before,
+            key_bias: Bias::Each,
+        };
+        let encoder = Encoder::load(device, &loader.under("encoder").under("layers"), &NAMES, shape)?;
+        let (pixels, columns) = (allocate(device, &[0])?, allocate(device, &[0])?);
+        Ok(VisionTower {
+            config: config.clone(),
+            patch_embedding,
+            positions,
+            encoder,
+            host: Vec::new(),
+            pixels,
+            columns,
+        })
+    }
+
+    /// Normalised frames `[frames, 3, side, side]` → states `[frames · patches, width]` behind the selected layer.
+    pub(super) fn forward(&mut self, device: &D, pixels: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
+        let side = self.config.image;
+        let frame = COLOURS * side * side;
+        let frames = pixels.len() / frame;
+        if frames == 0 || !pixels.len().is_multiple_of(frame) {
+            let reason = format!("{} values are no whole number of frames of [3, {side}, {side}]", pixels.len());
+            return Err(ModelError::input("pixel values", reason));
+        }
+        self.host.clear();
+        self.host.extend(pixels.chunks_exact(frame).flat_map(|frame| {
+            let plane = side * side;
+            (0..plane).flat_map(move |i| (0..COLOURS).map(move |c| frame[c * plane + i]))
+        }));
+        self.forward_host(device, frames, out)
+    }
+
+    /// Packed 8-bit RGB frames `[side, side, 3]` each, normalised to -1..1 → states as in [`Self::forward`].
+    pub(super) fn forward_rgb(&mut self, device: &D, frames: &[&[u8]], out: &mut Rows<D>) -> Result<(), ModelError> {
+        let side = self.config.image;
+        let bytes = COLOURS * side * side;
+        if frames.is_empty() || frames.iter().any(|f| f.len() != bytes) {
+            let reason = format!("each frame must be {side} x {side} packed RGB, and there must be one");
+            return Err(ModelError::input("frames", reason));
+        }
+        self.host.clear();
+        let normalise = |v: u8| (f32::from(v) / 255.0 - 0.5) / 0.5;
+        self.host.extend(frames.iter().flat_map(|f| f.iter().copied().map(normalise)));
+        self.forward_host(device, frames.len(), out)
+    }
+
+    fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
+        let VisionConfig { width, image, patch, .. } = self.config;
+        let patches = self.config.patches();
+        let unfold = Unfold {
+            size: [frames, image, image],
+            channels: COLOURS,
+            kernel: [1, patch, patch],
+            stride: [1, patch, patch],
+            pad_before: [0; 3],
+            pad_after: [0; 3],
+        };
+        let rows = frames * patches;
+        grow(device, &mut self.pixels, &[self.host.len()])?;
+        grow(device, &mut self.columns, &[rows, unfold.column()])?;
+        out.resize(device, rows, width)?;
+        device.write(&self.host, &mut self.pixels, 0)?;
+        device.unfold(&self.pixels, unfold, &mut self.columns)?;
+        self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, &mut out.buffer)?;
+        device.add_positions(&mut out.buffer, rows, &self.positions, 0)?;
+        self.encoder.forward(device, &mut out.buffer, frames, patches)
+    }
+}

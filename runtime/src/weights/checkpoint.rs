@@ -1,0 +1,221 @@
+//! The tensors of a model folder: one file, or shards with an index.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candor_kernels::tensor::{Bytes, TensorError};
+use candor_kernels::{DType, HostTensor};
+use serde::Deserialize;
+
+use super::header::{self, Entry, Pairs};
+use super::mapping::{Mapping, read_text};
+use super::{WeightsError, quantisation};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// The largest index that is read; the one of a 7B model has 60 kB.
+const INDEX_LIMIT: u64 = 100_000_000;
+
+struct File {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+struct Located {
+    file: usize,
+    entry: Entry,
+    /// Row scales of an 8-bit weight, checked.
+    scales: Option<Arc<[f32]>>,
+}
+
+/// Mapped files with checked headers.
+pub struct Checkpoint {
+    folder: PathBuf,
+    files: Vec<File>,
+    tensors: BTreeMap<String, Located>,
+}
+
+/// A tensor of any element type, for inputs that are no weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw<'a> {
+    /// The element type as the header writes it.
+    pub dtype: &'a str,
+    /// The shape.
+    pub shape: &'a [usize],
+    /// The bytes, little-endian, at any alignment.
+    pub bytes: &'a [u8],
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: Pairs<String>,
+}
+
+impl Checkpoint {
+    /// Maps the weights of a model folder: `model.safetensors`, or else the shards that
+    /// `model.safetensors.index.json` names. Reads headers and row scales only.
+    pub fn open(folder: &Path) -> Result<Self, WeightsError> {
+        let single = folder.join(SINGLE);
+        if single.exists() {
+            return Self::open_files(folder, vec![single]);
+        }
+        let index = folder.join(INDEX);
+        if !index.exists() {
+            return Err(WeightsError::NoWeights { folder: folder.to_owned() });
+        }
+        Self::open_index(folder, &index)
+    }
+
+    /// Maps one safetensors file.
+    pub fn open_file(path: &Path) -> Result<Self, WeightsError> {
+        Self::open_files(path.parent().unwrap_or(Path::new("")), vec![path.to_owned()])
+    }
+
+    fn open_index(folder: &Path, index: &Path) -> Result<Self, WeightsError> {
+        let text = read_text(index, INDEX_LIMIT)?;
+        let Index { weight_map: Pairs(pairs) } = serde_json::from_slice(&text)
+            .map_err(|e| WeightsError::Index { file: index.to_owned(), reason: e.to_string() })?;
+        let mut listed: BTreeMap<String, String> = BTreeMap::new();
+        let mut shards: Vec<PathBuf> = Vec::new();
+        for (tensor, shard) in pairs {
+            let plain = Path::new(&shard).file_name().is_some_and(|n| n == shard.as_str());
+            if !plain || shard.contains('\\') {
+                return Err(WeightsError::ShardPath { file: index.to_owned(), tensor, shard });
+            }
+            let path = folder.join(&shard);
+            if !shards.contains(&path) {
+                if !path.exists() {
+                    return Err(WeightsError::ShardMissing { file: index.to_owned(), tensor, shard: path });
+                }
+                shards.push(path);
+            }
+            if listed.contains_key(&tensor) {
+                return Err(WeightsError::Duplicate { file: index.to_owned(), tensor });
+            }
+            listed.insert(tensor, shard);
+        }
+        if shards.is_empty() {
+            return Err(WeightsError::Index { file: index.to_owned(), reason: "weight_map is empty".into() });
+        }
+        let checkpoint = Self::open_files(folder, shards)?;
+        for (tensor, shard) in &listed {
+            let path = folder.join(shard);
+            match checkpoint.tensors.get(tensor) {
+                Some(located) if checkpoint.files[located.file].path == path => {}
+                _ => {
+                    let reason = "the index says that it lies here, and it does not";
+                    return Err(WeightsError::ShardMismatch { file: path, tensor: tensor.clone(), reason });
+                }
+            }
+        }
+        if let Some((tensor, located)) = checkpoint.tensors.iter().find(|(name, _)| !listed.contains_key(*name)) {
+            let file = checkpoint.files[located.file].path.clone();
+            return Err(WeightsError::ShardMismatch {
+                file,
+                tensor: tensor.clone(),
+                reason: "the index does not name it",
+            });
+        }
+        Ok(checkpoint)
+    }
+
+    fn open_files(folder: &Path, paths: Vec<PathBuf>) -> Result<Self, WeightsError> {
+        let mut files = Vec::with_capacity(paths.len());
+        let mut tensors: BTreeMap<String, Located> = BTreeMap::new();
+        for path in paths {
+            let bytes: Bytes = Arc::new(Mapping::open(&path)?);
+            for entry in header::read(&path, (*bytes).as_ref())? {
+                if tensors.contains_key(&entry.name) {
+                    let reason = "another shard holds it too";
+                    return Err(WeightsError::ShardMismatch { file: path, tensor: entry.name, reason });
+                }
+                tensors.insert(entry.name.clone(), Located { file: files.len(), entry, scales: None });
+            }
+            files.push(File { path, bytes });
+        }
+        let mut checkpoint = Checkpoint { folder: folder.to_owned(), files, tensors };
+        for (name, scales) in quantisation::pair_scales(&checkpoint)? {
+            if let Some(weight) = checkpoint.tensors.get_mut(&name) {
+                weight.scales = Some(scales);
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    /// The folder of the files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The mapped files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|f| f.path.as_path())
+    }
+
+    /// Bytes of address space that the mappings take. Memory is taken page by page, when a weight is first used.
+    pub fn mapped_bytes(&self) -> usize {
+        self.files.iter().map(|f| (*f.bytes).as_ref().len()).sum()
+    }
+
+    /// Every tensor's name, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether the tensor is there.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Whether any tensor's name starts with `prefix`.
+    pub fn any_under(&self, prefix: &str) -> bool {
+        self.tensors.range(prefix.to_owned()..).next().is_some_and(|(name, _)| name.starts_with(prefix))
+    }
+
+    /// The file that holds a tensor, or the folder where there is no such tensor.
+    pub fn file_of(&self, name: &str) -> &Path {
+        self.tensors.get(name).map_or(&self.folder, |t| &self.files[t.file].path)
+    }
+
+    /// A tensor as it lies there, of any type.
+    pub fn raw(&self, name: &str) -> Result<Raw<'_>, WeightsError> {
+        let Located { file, entry, .. } = self.located(name)?;
+        // The header check has shown that the range lies in the file.
+        let bytes = &(*self.files[*file].bytes).as_ref()[entry.start..entry.start + entry.len];
+        Ok(Raw { dtype: &entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    /// A weight as a view of the mapping.
+    pub fn tensor(&self, name: &str) -> Result<HostTensor, WeightsError> {
+        let Located { file, entry, scales } = self.located(name)?;
+        let File { path, bytes } = &self.files[*file];
+        let dtype = match entry.dtype.as_str() {
+            "F32" => DType::F32,
+            "F16" => DType::F16,
+            "BF16" => DType::BF16,
+            "I8" => DType::I8,
+            other => {
+                return Err(WeightsError::WrongType {
+                    file: path.clone(),
+                    tensor: name.to_owned(),
+                    dtype: other.to_owned(),
+                });
+            }
+        };
+        HostTensor::new(bytes.clone(), entry.start, entry.len, dtype, entry.shape.clone(), scales.clone()).map_err(
+            |source| match source {
+                TensorError::Misaligned { dtype } => {
+                    WeightsError::Misaligned { file: path.clone(), tensor: name.to_owned(), dtype: dtype.to_string() }
+                }
+                source => WeightsError::View { file: path.clone(), tensor: name.to_owned(), source },
+            },
+        )
+    }
+
+    fn located(&self, name: &str) -> Result<&Located, WeightsError> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| WeightsError::Missing { folder: self.folder.clone(), tensor: name.to_owned() })
+    }
+}

@@ -1,0 +1,139 @@
+//! Decoder sessions: runs, roll-back, reuse, and inputs that do not fit.
+
+use candor::model::{DecodeError, LanguageModel, Model, ModelError, Piece, Session};
+use candor_kernels::cpu::CpuDevice;
+
+use super::weights::{Case, uniform, write_folder};
+use super::{device, relative_error};
+
+/// Equal but for the order of summation.
+const CLOSE: f64 = 1e-5;
+
+fn open() -> Model<CpuDevice> {
+    let case = Case::load("even");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write_folder(folder.path(), &case.config("tied.f32"), &case.tensors("tied.f32"));
+    Model::open(folder.path(), device()).expect("the model opens")
+}
+
+fn ids(count: usize) -> Vec<u32> {
+    uniform("session", count).map(|v| ((v + 1.0) * 48.0) as u32).collect()
+}
+
+fn start(session: &mut Session<CpuDevice>, ids: &[u32]) -> Vec<f32> {
+    session.start(&[Piece::Tokens(ids)]).expect("the prompt fits").to_vec()
+}
+
+#[test]
+fn long_prompts_go_in_runs() {
+    let model = open();
+    let text = ids(300);
+    let mut whole = model.session(300).expect("a session");
+    let logits = start(&mut whole, &text);
+    let mut single = model.session(300).expect("a session");
+    start(&mut single, &text[..1]);
+    for token in &text[1..] {
+        single.append(&[*token]).expect("it fits");
+    }
+    assert_eq!(single.position(), 300);
+    assert!(relative_error(single.logits(), &logits) < CLOSE);
+    let mut mixed = model.session(300).expect("a session");
+    start(&mut mixed, &text[..7]);
+    assert!(relative_error(mixed.append(&text[7..]).expect("it fits"), &logits) < CLOSE);
+    for position in [0, 127, 128, 298] {
+        let error =
+            relative_error(&whole.logits_at(position).expect("held"), &single.logits_at(position).expect("held"));
+        assert!(error < CLOSE, "position {position}: {error:.1e}");
+    }
+}
+
+#[test]
+fn roll_back_restores_the_logits() {
+    let model = open();
+    let text = ids(40);
+    let mut session = model.session(40).expect("a session");
+    let before = start(&mut session, &text[..20]);
+    let first = session.append(&text[20..30]).expect("it fits").to_vec();
+    session.truncate(20).expect("it is held");
+    assert_eq!((session.position(), session.logits()), (20, &before[..]));
+    let other = session.append(&text[30..]).expect("it fits").to_vec();
+    assert!(relative_error(&other, &first) > CLOSE, "other tokens give other logits");
+    session.truncate(20).expect("it is held");
+    assert_eq!(session.append(&text[20..30]).expect("it fits"), &first[..]);
+    session.truncate(30).expect("nothing to forget");
+    assert_eq!(session.logits(), &first[..]);
+    for bad in [0, 31, usize::MAX] {
+        assert!(matches!(session.truncate(bad), Err(DecodeError::Truncate { held: 30, .. })));
+    }
+}
+
+#[test]
+fn a_session_is_used_again() {
+    let model = open();
+    let text = ids(30);
+    let mut session = model.session(30).expect("a session");
+    let first = start(&mut session, &text[..10]);
+    start(&mut session, &text);
+    assert_eq!(start(&mut session, &text[..10]), first);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_changes_nothing() {
+    let model = open();
+    let text = ids(12);
+    let mut session = model.session(10).expect("a session");
+    let logits = start(&mut session, &text[..8]);
+    assert!(matches!(session.append(&text[..3]), Err(DecodeError::Full { capacity: 10, needed: 11 })));
+    assert!(matches!(session.append(&[]), Err(DecodeError::NoTokens)));
+    assert!(matches!(session.append(&[5, 97]), Err(DecodeError::Token { id: 97, vocabulary: 97 })));
+    assert_eq!((session.position(), session.logits()), (8, &logits[..]));
+    assert!(session.logits_at(8).is_err());
+    assert!(matches!(
+        session.start(&[Piece::Tokens(&text)]),
+        Err(ModelError::Decode(DecodeError::Full { needed: 12, .. }))
+    ));
+    assert!(matches!(session.start(&[]), Err(ModelError::Input { what: "prompt", .. })));
+    for capacity in [0, 4097, usize::MAX] {
+        assert!(matches!(model.session(capacity), Err(ModelError::Input { .. })), "{capacity}");
+    }
+}
+
+#[test]
+fn inputs_of_other_sizes_are_refused() {
+    let mut model = open();
+    let mut rows = model.rows().expect("a buffer");
+    for count in [0, 1, 3 * 34 * 34 + 1] {
+        assert!(
+            matches!(model.vision_features(&vec![0.0; count], &mut rows), Err(ModelError::Input { .. })),
+            "{count}"
+        );
+    }
+    assert!(model.vision_features_rgb(&[], &mut rows).is_err());
+    assert!(model.vision_features_rgb(&[&[0; 7]], &mut rows).is_err());
+    assert!(matches!(model.audio_states(&[0.0; 5], &mut rows), Err(ModelError::Input { what: "mel", .. })));
+    for ids in [&[][..], &[60], &[1; 513]] {
+        assert!(matches!(model.gate(ids), Err(ModelError::Input { what: "text", .. })));
+    }
+    let features = model.rows().expect("a buffer");
+    assert!(model.video_tokens(&features, [1.0, 0.0, 0.0], &mut rows).is_err(), "no frames");
+    let mut session = model.session(20).expect("a session");
+    model.vision_features(&[0.5; 3 * 34 * 34], &mut rows).expect("one frame");
+    assert!(
+        matches!(session.start(&[Piece::Rows(&rows)]), Err(ModelError::Input { what: "prompt", .. })),
+        "too narrow"
+    );
+}
+
+#[test]
+fn bytes_and_normalised_pixels_give_the_same_features() {
+    let mut model = open();
+    let bytes: Vec<u8> = uniform("bytes", 3 * 34 * 34).map(|v| ((v + 1.0) * 127.9) as u8).collect();
+    let planes: Vec<f32> =
+        (0..3).flat_map(|c| bytes[c..].iter().step_by(3).map(|&v| (f32::from(v) / 255.0 - 0.5) / 0.5)).collect();
+    let (mut from_bytes, mut from_planes) = (model.rows().expect("a buffer"), model.rows().expect("a buffer"));
+    model.vision_features_rgb(&[&bytes], &mut from_bytes).expect("one frame");
+    model.vision_features(&planes, &mut from_planes).expect("one frame");
+    assert_eq!((from_bytes.rows(), from_bytes.width()), (16, 32));
+    let host = |rows: &candor::model::Rows<CpuDevice>| rows.to_host(model.device()).expect("read");
+    assert_eq!(host(&from_bytes), host(&from_planes));
+}

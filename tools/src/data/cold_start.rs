@@ -1,0 +1,240 @@
+//! `candor-tools data faces`: from labelled faces with measured cues to what the decoder, the verifier and the
+//! tokenizer are trained on. The clean and the noisy share are kept apart in two files.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::faces::Faces;
+use super::rationale::{self, Bank, Claim, Cue, Direction, Emotion};
+use super::tokenizer;
+
+/// The question the default model is asked. Short, since every training sequence carries it.
+pub const INSTRUCTION: &str = "Which emotion does the face show, and why?";
+
+/// Share of the noisy part whose rationale names a wrong emotion, as in real caption data.
+const WRONG_SHARE: f64 = 1.0 / 3.0;
+
+/// `candor-tools data faces`
+#[derive(Args)]
+pub struct FacesArgs {
+    /// The faces: safetensors with PART.images, PART.labels, PART.cues, PART.cues_valid.
+    #[arg(long)]
+    pub faces: PathBuf,
+    /// Folder to write to; made if it is not there.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Part of the file to take.
+    #[arg(long, default_value = "train")]
+    pub part: String,
+    /// Rationales a photograph, each worded anew.
+    #[arg(long, default_value_t = 3)]
+    pub variants: usize,
+    /// Entries of the tokenizer.
+    #[arg(long, default_value_t = 1024)]
+    pub vocabulary: usize,
+    /// Sentences an emotion for training the verifier.
+    #[arg(long, default_value_t = 500)]
+    pub sentences: usize,
+}
+
+/// One line of `clean.jsonl` and `noisy.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Row of the photograph in its part.
+    pub still: usize,
+    /// The right answer, as the data set spells it.
+    pub label: String,
+    /// The label whose emotion the rationale names: in the noisy part it is sometimes another one.
+    pub named: String,
+    /// The text between `<think>` and `</think>`.
+    pub rationale: String,
+    /// Seed of the jitter, zoom and light with which the still becomes a clip.
+    pub jitter_seed: u64,
+}
+
+/// `data.json`: what the other files were made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// SHA-256 of the faces file.
+    pub faces_sha256: String,
+    /// Part of it.
+    pub part: String,
+    /// Photographs in the part.
+    pub stills: usize,
+    /// Rationales a photograph.
+    pub variants: usize,
+    /// Seed.
+    pub seed: u64,
+    /// The labels, in the order of the data set.
+    pub labels: Vec<String>,
+    /// The question asked.
+    pub instruction: String,
+}
+
+/// Runs `candor-tools data faces`.
+pub fn run(args: &FacesArgs) -> anyhow::Result<()> {
+    ensure!(args.variants > 0, "--variants must be at least 1");
+    ensure!((262..=65_536).contains(&args.vocabulary), "--vocabulary must be within 262 ..= 65536");
+    let faces = Faces::open(&args.faces, &args.part)?;
+    let emotions = emotions_of(&faces.classes)?;
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+
+    let clean = samples(&faces, &emotions, args, false);
+    let noisy = samples(&faces, &emotions, args, true);
+    write_lines(&args.out.join("clean.jsonl"), clean.iter().map(serde_json::to_string))?;
+    write_lines(&args.out.join("noisy.jsonl"), noisy.iter().map(serde_json::to_string))?;
+
+    for (bank, name, each) in [(Bank::Train, "train", args.sentences), (Bank::HeldOut, "heldout", 130)] {
+        let path = args.out.join(format!("sentences-{name}.tsv"));
+        let rows = sentences(bank, each, args.seed);
+        let lines = rows.iter().enumerate().map(|(i, (text, id))| Ok(format!("{text}\t{id}\t{name}-{i:05}")));
+        write_lines(&path, lines)?;
+    }
+
+    let answers = faces.classes.iter().map(|label| completion("", label));
+    let texts: Vec<String> = clean
+        .iter()
+        .map(|s| format!("user\n<vi_start><vi_end>\n{INSTRUCTION}\nassistant\n{}", completion(&s.rationale, &s.label)))
+        .chain(answers)
+        .collect();
+    let tokenizer = tokenizer::train(texts.iter().map(String::as_str), args.vocabulary)?;
+    let json = tokenizer.to_string(true).map_err(|e| anyhow::anyhow!("writing the tokenizer: {e}"))?;
+    write_lines(&args.out.join("tokenizer.json"), [Ok(json)])?;
+    write_lines(&args.out.join("chat_template.jinja"), [Ok(tokenizer::CHAT_TEMPLATE.to_string())])?;
+    let description = Description {
+        faces_sha256: crate::files::sha256(&args.faces)?,
+        part: args.part.clone(),
+        stills: faces.len(),
+        variants: args.variants,
+        seed: args.seed,
+        labels: faces.classes.clone(),
+        instruction: INSTRUCTION.into(),
+    };
+    write_lines(&args.out.join("data.json"), [serde_json::to_string_pretty(&description)])
+}
+
+/// The whole assistant turn for a rationale and an answer.
+pub fn completion(rationale: &str, label: &str) -> String {
+    format!("<think>{rationale}</think>\n<answer>{label}</answer>")
+}
+
+fn emotions_of(classes: &[String]) -> anyhow::Result<Vec<Emotion>> {
+    classes
+        .iter()
+        .map(|class| match Emotion::from_label(class) {
+            Some(emotion) => Ok(emotion),
+            None => bail!("class {class:?} is none of the emotions that rationales can name"),
+        })
+        .collect()
+}
+
+fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -> Vec<Sample> {
+    let name = if noisy { "noisy" } else { "clean" };
+    let bar = progress(faces.len() as u64, &format!("{name} rationales"));
+    let mut samples = Vec::with_capacity(faces.len() * args.variants);
+    for still in 0..faces.len() {
+        for variant in 0..args.variants {
+            // A stream of its own for every rationale: the order and number of others do not change it.
+            let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
+            rng.set_stream(((still * args.variants + variant) * 2 + usize::from(noisy)) as u64);
+            let truth = emotions[usize::from(faces.labels[still])];
+            let named = if noisy && rng.random_bool(WRONG_SHARE) {
+                let known: Vec<Emotion> =
+                    truth.confused_with().iter().copied().filter(|e| emotions.contains(e)).collect();
+                known.choose(&mut rng).copied().unwrap_or(truth)
+            } else {
+                truth
+            };
+            let named_label = emotions.iter().position(|&e| e == named).unwrap_or(usize::from(faces.labels[still]));
+            samples.push(Sample {
+                still,
+                label: faces.label(still).to_string(),
+                named: if named == truth { faces.label(still).into() } else { faces.classes[named_label].clone() },
+                rationale: rationale::rationale(&mut rng, Bank::Train, faces.cues[still].as_ref(), named),
+                // Within 2^53, so that every JSON reader keeps it whole.
+                jitter_seed: rng.random::<u64>() >> 11,
+            });
+        }
+        bar.inc(1);
+    }
+    bar.finish();
+    samples
+}
+
+/// Distinct sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has
+/// not so many), neutral ones included, and twice as many that only state cues, which are neutral.
+fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(if bank == Bank::Train { u64::MAX } else { u64::MAX - 1 });
+    let mut seen = HashSet::new();
+    let mut rows = Vec::new();
+    let mut fill = |wanted: usize, make: &mut dyn FnMut() -> (String, u32)| {
+        let mut found = 0;
+        // A bank is finite: after so many draws nothing new is left to find.
+        for _ in 0..wanted * 40 {
+            if found == wanted {
+                break;
+            }
+            let (text, id) = make();
+            if seen.insert(text.clone()) {
+                rows.push((text, id));
+                found += 1;
+            }
+        }
+    };
+    for emotion in Emotion::ALL {
+        fill(each, &mut || (rationale::emotion_sentence(&mut rng, bank, emotion), emotion.goemotions_id()));
+    }
+    let neutral = Emotion::Neutral.goemotions_id();
+    fill(2 * each, &mut || {
+        let count = rng.random_range(0..=20).min(2);
+        let mut cues = Cue::ALL;
+        cues.shuffle(&mut rng);
+        let claims: Vec<(Claim, f32)> = cues[..count]
+            .iter()
+            .map(|&cue| {
+                let direction = if rng.random_bool(0.5) { Direction::More } else { Direction::Less };
+                ((cue, direction), rng.random_range(0.6..3.0))
+            })
+            .collect();
+        let text = match (count, rng.random_bool(0.5)) {
+            (0, true) => rationale::unmeasured_sentence(&mut rng, bank),
+            _ => rationale::cue_sentence(&mut rng, bank, &claims),
+        };
+        (text, neutral)
+    });
+    rows.shuffle(&mut rng);
+    rows
+}
+
+fn progress(len: u64, what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:24} {bar:32} {pos}/{len} {eta}");
+    ProgressBar::new(len)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(what.to_string())
+}
+
+/// Writes lines beside the file and renames: a file that is there is whole.
+fn write_lines(path: &Path, lines: impl IntoIterator<Item = serde_json::Result<String>>) -> anyhow::Result<()> {
+    let part = path.with_extension("part");
+    let failed = || format!("cannot write {}", part.display());
+    let mut out = BufWriter::new(File::create(&part).with_context(failed)?);
+    for line in lines {
+        writeln!(out, "{}", line?).with_context(failed)?;
+    }
+    out.into_inner().map_err(|e| e.into_error()).and_then(|f| f.sync_all()).with_context(failed)?;
+    fs::rename(&part, path).with_context(|| format!("cannot rename {} to {}", part.display(), path.display()))
+}

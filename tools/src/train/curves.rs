@@ -1,0 +1,124 @@
+//! What a training shows of itself: a progress bar, one JSON line a measurement in `metrics.jsonl`, and the curves
+//! as a picture, `curves.svg`.
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use plotters::prelude::*;
+use serde_json::{Map, Value};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Measurements that one point of a curve averages.
+const SMOOTHING: usize = 20;
+
+/// The log of one run.
+pub struct RunLog {
+    folder: PathBuf,
+    file: File,
+    bar: ProgressBar,
+    lines: Vec<Map<String, Value>>,
+}
+
+impl RunLog {
+    /// Opens (or, from step `done` of a run cut off, goes on with) the log in a folder.
+    pub fn open(folder: &Path, done: u64, total: u64) -> anyhow::Result<Self> {
+        let path = folder.join("metrics.jsonl");
+        let mut lines = Vec::new();
+        if done > 0 && path.exists() {
+            let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
+            let parsed = text.lines().filter_map(|line| serde_json::from_str::<Map<String, Value>>(line).ok());
+            // Steps behind the checkpoint are done again.
+            lines.extend(
+                parsed.filter(|line| line.get("step").and_then(Value::as_u64).is_some_and(|step| step <= done)),
+            );
+        }
+        let mut file = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .open(&path)
+            .with_context(|| format!("{}", path.display()))?;
+        for line in &lines {
+            writeln!(file, "{}", Value::Object(line.clone()))?;
+        }
+        let bar = ProgressBar::new(total);
+        bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} left {eta} {msg}")?);
+        bar.set_position(done);
+        Ok(Self { folder: folder.into(), file, bar, lines })
+    }
+
+    /// Writes one measurement at a step.
+    pub fn write(&mut self, step: u64, measurement: Value) -> anyhow::Result<()> {
+        let mut line = Map::new();
+        line.insert("step".into(), step.into());
+        if let Value::Object(map) = measurement {
+            line.extend(map);
+        }
+        writeln!(self.file, "{}", Value::Object(line.clone()))?;
+        self.lines.push(line);
+        Ok(())
+    }
+
+    /// Moves the bar.
+    pub fn show(&self, step: u64, message: String) {
+        self.bar.set_position(step);
+        self.bar.set_message(message);
+    }
+
+    /// Prints a line above the bar; without a terminal, to the error stream.
+    pub fn say(&self, message: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("{message}");
+        } else {
+            self.bar.println(message);
+        }
+    }
+
+    /// Draws `curves.svg`: the training loss above, the named validation measures (between 0 and 1) below.
+    pub fn draw(&self, title: &str, measures: &[&str]) -> anyhow::Result<()> {
+        let curve = |key: &str| -> Vec<(f64, f64)> {
+            let points =
+                self.lines.iter().filter_map(|line| Some((line.get("step")?.as_f64()?, line.get(key)?.as_f64()?)));
+            points.collect()
+        };
+        let losses: Vec<(f64, f64)> = curve("loss")
+            .chunks(SMOOTHING)
+            .map(|chunk| {
+                let n = chunk.len() as f64;
+                (chunk.iter().map(|p| p.0).sum::<f64>() / n, chunk.iter().map(|p| p.1).sum::<f64>() / n)
+            })
+            .collect();
+        let last = self.lines.iter().filter_map(|line| line.get("step")?.as_f64()).fold(1.0, f64::max);
+        let top = losses.iter().map(|point| point.1).fold(0.1, f64::max) * 1.05;
+        let path = self.folder.join("curves.svg");
+        let area = SVGBackend::new(&path, (900, 640)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let (upper, lower) = area.split_vertically(320);
+        let mut chart = ChartBuilder::on(&upper)
+            .caption(format!("{title}: training loss"), ("sans-serif", 18))
+            .margin(10)
+            .x_label_area_size(30)
+            .y_label_area_size(50)
+            .build_cartesian_2d(0.0..last, 0.0..top)?;
+        chart.configure_mesh().x_desc("step").draw()?;
+        chart.draw_series(LineSeries::new(losses, BLUE.stroke_width(2)))?;
+        let mut chart = ChartBuilder::on(&lower)
+            .caption("validation", ("sans-serif", 18))
+            .margin(10)
+            .x_label_area_size(30)
+            .y_label_area_size(50)
+            .build_cartesian_2d(0.0..last, 0.0..1.0)?;
+        chart.configure_mesh().x_desc("step").draw()?;
+        for (index, key) in measures.iter().enumerate() {
+            let colour = Palette99::pick(index).to_rgba();
+            chart
+                .draw_series(LineSeries::new(curve(key), colour.stroke_width(2)))?
+                .label(*key)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+        }
+        chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
+        area.present()?;
+        Ok(())
+    }
+}

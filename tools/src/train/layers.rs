@@ -1,0 +1,383 @@
+//! Layers that the projector and the decoder are built of, forward and backward, beyond what [`super::ops`] has:
+//! projections without bias, depthwise and strided convolutions on channels-last volumes, gates, and the decoder's
+//! norm, rotary positions and grouped attention.
+
+use super::ops::{self, Matrix, exponential};
+use super::parameters::{Plan, Treatment};
+use std::ops::Range;
+
+/// The first `len` elements of a buffer that grows to the largest size asked for. What was in it stays.
+pub fn fit(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// As [`fit`], all zero.
+pub fn zeros(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    let slice = fit(buffer, len);
+    slice.fill(0.0);
+    slice
+}
+
+/// `sum += x`.
+pub fn accumulate(sum: &mut [f32], x: &[f32]) {
+    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+}
+
+/// A projection without bias, `[outputs, inputs]`.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// Place of the weight.
+    pub weight: Range<usize>,
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+}
+
+impl Projection {
+    /// Adds the weight to the plan under `name` with the given stored shape (of `outputs · inputs` elements).
+    pub fn new(plan: &mut Plan, name: &str, shape: &[usize]) -> Self {
+        let weight = plan.add(name, shape, Treatment { decay: true, rate: 1.0 });
+        let outputs = shape[0];
+        Self { inputs: weight.len() / outputs, outputs, weight }
+    }
+
+    /// x `[rows, inputs]` → out `[rows, outputs]`.
+    pub fn forward(&self, values: &[f32], x: &[f32], rows: usize, out: &mut [f32]) {
+        let weight = Matrix::transposed(&values[self.weight.clone()], self.inputs);
+        ops::multiply(out, rows, self.outputs, self.inputs, Matrix::new(x, self.inputs), weight, false);
+    }
+
+    /// Adds to the weight's gradient; writes that of `x` if wanted, or adds to it with `add`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        values: &[f32],
+        gradients: &mut [f32],
+        x: &[f32],
+        rows: usize,
+        out_gradient: &[f32],
+        x_gradient: Option<&mut [f32]>,
+        add: bool,
+    ) {
+        let (outputs, inputs) = (self.outputs, self.inputs);
+        if let Some(x_gradient) = x_gradient {
+            let weight = Matrix::new(&values[self.weight.clone()], inputs);
+            ops::multiply(x_gradient, rows, inputs, outputs, Matrix::new(out_gradient, outputs), weight, add);
+        }
+        let gradient = Matrix::transposed(out_gradient, outputs);
+        let weight_gradient = &mut gradients[self.weight.clone()];
+        ops::multiply(weight_gradient, outputs, inputs, rows, gradient, Matrix::new(x, inputs), true);
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exponential(-x))
+}
+
+/// `out = x·sigmoid(x)`.
+pub fn silu(x: &[f32], out: &mut [f32]) {
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = x * sigmoid(x);
+    }
+}
+
+/// Backward of [`silu`], in place.
+pub fn silu_backward(x: &[f32], gradient: &mut [f32]) {
+    for (gradient, &x) in gradient.iter_mut().zip(x) {
+        let s = sigmoid(x);
+        *gradient *= s * (1.0 + x * (1.0 - s));
+    }
+}
+
+/// `out = sigmoid(x)`.
+pub fn sigmoids(x: &[f32], out: &mut [f32]) {
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = sigmoid(x);
+    }
+}
+
+/// Weight `[channels, 9]` as `[9, channels]`, so that channels lie side by side.
+fn taps(weight: &[f32], channels: usize) -> Vec<f32> {
+    (0..9 * channels).map(|i| weight[i % channels * 9 + i / channels]).collect()
+}
+
+/// Rows and columns that tap `tap` of a 3×3 kernel reads for each output inside a grid of `side`: (output, input).
+fn tap_pairs(tap: usize, side: usize) -> impl Iterator<Item = (usize, usize)> {
+    let (dy, dx) = (tap / 3, tap % 3);
+    let range = move |d: usize| (1usize.saturating_sub(d))..(side + 1 - d).min(side);
+    range(dy).flat_map(move |y| range(dx).map(move |x| (y * side + x, (y + dy - 1) * side + x + dx - 1)))
+}
+
+/// Depthwise 3×3 convolution, stride 1, one zero around: x and out `[frames, side, side, channels]`, weight
+/// `[channels, 1, 3, 3]`.
+pub fn depthwise(x: &[f32], side: usize, weight: &[f32], out: &mut [f32]) {
+    let channels = weight.len() / 9;
+    let (taps, frame) = (taps(weight, channels), side * side * channels);
+    out.fill(0.0);
+    for (x, out) in x.chunks_exact(frame).zip(out.chunks_exact_mut(frame)) {
+        for (tap, weight) in taps.chunks_exact(channels).enumerate() {
+            for (to, from) in tap_pairs(tap, side) {
+                let (out, x) = (&mut out[to * channels..][..channels], &x[from * channels..][..channels]);
+                for c in 0..channels {
+                    out[c] += weight[c] * x[c];
+                }
+            }
+        }
+    }
+}
+
+/// Backward of [`depthwise`]: adds to `weight_gradient`, writes `x_gradient`.
+pub fn depthwise_backward(
+    x: &[f32],
+    side: usize,
+    weight: &[f32],
+    out_gradient: &[f32],
+    weight_gradient: &mut [f32],
+    x_gradient: &mut [f32],
+) {
+    let channels = weight.len() / 9;
+    let (taps, frame) = (taps(weight, channels), side * side * channels);
+    let mut sums = vec![0.0; 9 * channels];
+    x_gradient.fill(0.0);
+    let frames = x.chunks_exact(frame).zip(out_gradient.chunks_exact(frame)).zip(x_gradient.chunks_exact_mut(frame));
+    for ((x, gradient), x_gradient) in frames {
+        for (tap, (weight, sum)) in taps.chunks_exact(channels).zip(sums.chunks_exact_mut(channels)).enumerate() {
+            for (to, from) in tap_pairs(tap, side) {
+                let gradient = &gradient[to * channels..][..channels];
+                let x = &x[from * channels..][..channels];
+                let x_gradient = &mut x_gradient[from * channels..][..channels];
+                for c in 0..channels {
+                    x_gradient[c] += weight[c] * gradient[c];
+                    sum[c] += x[c] * gradient[c];
+                }
+            }
+        }
+    }
+    for (i, sum) in sums.iter().enumerate() {
+        weight_gradient[i % channels * 9 + i / channels] += sum;
+    }
+}
+
+/// The frames each clip takes out of the distinct ones, in order of time.
+pub type Clips<'a> = &'a [Vec<usize>];
+
+/// Columns of a 2×2×2 convolution with strides (1, 2, 2), no padding in space, one zero frame before: x
+/// `[distinct frames, side, side, channels]` → out `[clips, frames, (side/2)², 2·2·2·channels]`, channels innermost.
+pub fn unfold(x: &[f32], side: usize, channels: usize, clips: Clips<'_>, out: &mut [f32]) {
+    let half = side / 2;
+    let mut columns = out.chunks_exact_mut(8 * channels);
+    for clip in clips {
+        for time in 0..clip.len() {
+            for position in 0..half * half {
+                let Some(column) = columns.next() else { return };
+                for (part, out) in column.chunks_exact_mut(2 * channels).enumerate() {
+                    match unfold_source(clip, time, position, part, side) {
+                        Some(from) => out.copy_from_slice(&x[from * channels..][..2 * channels]),
+                        None => out.fill(0.0),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Row of x where two neighbouring cells of a column lie: `part` counts (earlier or same frame, upper or lower row).
+fn unfold_source(clip: &[usize], time: usize, position: usize, part: usize, side: usize) -> Option<usize> {
+    let half = side / 2;
+    let frame = *clip.get((time + part / 2).checked_sub(1)?)?;
+    Some(frame * side * side + (position / half * 2 + part % 2) * side + position % half * 2)
+}
+
+/// Backward of [`unfold`]: adds to `x_gradient`.
+pub fn unfold_backward(out_gradient: &[f32], side: usize, channels: usize, clips: Clips<'_>, x_gradient: &mut [f32]) {
+    let half = side / 2;
+    let mut columns = out_gradient.chunks_exact(8 * channels);
+    for clip in clips {
+        for time in 0..clip.len() {
+            for position in 0..half * half {
+                let Some(column) = columns.next() else { return };
+                for (part, gradient) in column.chunks_exact(2 * channels).enumerate() {
+                    if let Some(to) = unfold_source(clip, time, position, part, side) {
+                        accumulate(&mut x_gradient[to * channels..][..2 * channels], gradient);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `out = x / sqrt(mean(x²) + eps) · weight` over each row; keeps the factor of each row in `scales`.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], scales: &mut [f32]) {
+    let width = weight.len();
+    for ((x, out), scale) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(scales) {
+        *scale = 1.0 / (ops::sum(x.iter().map(|x| x * x)) / width as f32 + eps).sqrt();
+        for i in 0..width {
+            out[i] = x[i] * *scale * weight[i];
+        }
+    }
+}
+
+/// Backward of [`rms_norm`]: *adds* to `x_gradient` and `weight_gradient`.
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    scales: &[f32],
+    out_gradient: &[f32],
+    weight_gradient: &mut [f32],
+    x_gradient: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(out_gradient.chunks_exact(width)).zip(x_gradient.chunks_exact_mut(width));
+    for (((x, gradient), x_gradient), &scale) in rows.zip(scales) {
+        let along = ops::sum(x.iter().zip(gradient).zip(weight).map(|((x, g), w)| x * g * w));
+        let along = along * scale * scale * scale / width as f32;
+        for i in 0..width {
+            x_gradient[i] += gradient[i] * weight[i] * scale - x[i] * along;
+            weight_gradient[i] += gradient[i] * x[i] * scale;
+        }
+    }
+}
+
+/// Cosine and sine of every rotary angle, `[positions, head_dim / 2]` each (Su et al. 2021, half-split form).
+pub struct Rotary {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    half: usize,
+}
+
+impl Rotary {
+    /// A table for positions below `positions`.
+    pub fn new(positions: usize, head_dim: usize, theta: f32) -> Self {
+        let half = head_dim / 2;
+        let angle = |i: usize| {
+            let frequency = f64::from(theta).powf(-((i % half) as f64) / half as f64);
+            (i / half) as f64 * frequency
+        };
+        let angles: Vec<f64> = (0..positions * half).map(angle).collect();
+        let cos = angles.iter().map(|a| a.cos() as f32).collect();
+        Self { cos, sin: angles.iter().map(|a| a.sin() as f32).collect(), half }
+    }
+
+    /// Turns the first `heads` heads of a row at `position`; back with `sign` -1.
+    pub fn turn(&self, row: &mut [f32], heads: usize, position: usize, sign: f32) {
+        let half = self.half;
+        let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
+        for head in row.chunks_exact_mut(2 * half).take(heads) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (a, b, s) = (low[i], high[i], sin[i] * sign);
+                low[i] = a * cos[i] - b * s;
+                high[i] = b * cos[i] + a * s;
+            }
+        }
+    }
+}
+
+/// One sequence that forks: rows `..fork` are shared, rows `fork..second` and `second..` are two continuations that do
+/// not see each other. The position of row `r` in the second is `fork + r - second`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// Rows of both together.
+    pub rows: usize,
+    /// End of the shared rows.
+    pub fork: usize,
+    /// Start of the second continuation.
+    pub second: usize,
+}
+
+impl Fork {
+    /// Rotary position of a row.
+    pub fn position(&self, row: usize) -> usize {
+        if row < self.second { row } else { self.fork + row - self.second }
+    }
+
+    /// Hides what a row may not see: what follows it, and the other continuation.
+    fn hide(&self, row: usize, scores: &mut [f32], hidden: f32) {
+        scores[row + 1..].fill(hidden);
+        if row >= self.second {
+            scores[self.fork..self.second].fill(hidden);
+        }
+    }
+}
+
+/// Grouped-query attention over one forked sequence whose queries, keys and values lie side by side in each row.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupedAttention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub key_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl GroupedAttention {
+    /// Elements of a row of queries, keys and values.
+    pub fn stride(&self) -> usize {
+        (self.heads + 2 * self.key_heads) * self.head_dim
+    }
+
+    fn offsets(&self, head: usize) -> (usize, usize, usize) {
+        let key = self.heads + head / (self.heads / self.key_heads);
+        (head * self.head_dim, key * self.head_dim, (key + self.key_heads) * self.head_dim)
+    }
+
+    /// qkv `[rows, stride]`, already turned → out `[rows, heads · head_dim]`; `scores` keeps the probabilities,
+    /// `[heads, rows, rows]`.
+    pub fn forward(&self, qkv: &[f32], fork: Fork, out: &mut [f32], scores: &mut [f32]) {
+        let (n, d, stride) = (fork.rows, self.head_dim, self.stride());
+        let scale = 1.0 / (d as f32).sqrt();
+        for head in 0..self.heads {
+            let (q, k, v) = self.offsets(head);
+            let scores = &mut scores[head * n * n..][..n * n];
+            let (queries, keys) = (Matrix::new(&qkv[q..], stride), Matrix::transposed(&qkv[k..], stride));
+            ops::multiply_exact(scores, n, n, n, d, queries, keys, false);
+            for (row, scores) in scores.chunks_exact_mut(n).enumerate() {
+                scores.iter_mut().for_each(|s| *s *= scale);
+                fork.hide(row, scores, f32::NEG_INFINITY);
+                ops::softmax(scores);
+                // The exponential of a hidden score is small but not zero.
+                fork.hide(row, scores, 0.0);
+            }
+            let width = self.heads * d;
+            let (p, values) = (Matrix::new(scores, n), Matrix::new(&qkv[v..], stride));
+            ops::multiply_exact(&mut out[head * d..], width, n, d, n, p, values, false);
+        }
+    }
+
+    /// Backward of [`GroupedAttention::forward`]: writes `qkv_gradient` `[rows, stride]`; `scratch` holds `rows²`.
+    pub fn backward(
+        &self,
+        qkv: &[f32],
+        fork: Fork,
+        scores: &[f32],
+        out_gradient: &[f32],
+        qkv_gradient: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (n, d, stride, width) = (fork.rows, self.head_dim, self.stride(), self.heads * self.head_dim);
+        let scale = 1.0 / (d as f32).sqrt();
+        qkv_gradient.fill(0.0);
+        for head in 0..self.heads {
+            let (q, k, v) = self.offsets(head);
+            let probabilities = &scores[head * n * n..][..n * n];
+            let along = Matrix::new(&out_gradient[head * d..], width);
+            let p = Matrix::transposed(probabilities, n);
+            ops::multiply_exact(&mut qkv_gradient[v..], stride, n, d, n, p, along, true);
+            let inner = &mut scratch[..n * n];
+            ops::multiply_exact(inner, n, n, n, d, along, Matrix::transposed(&qkv[v..], stride), false);
+            for (row, p) in inner.chunks_exact_mut(n).zip(probabilities.chunks_exact(n)) {
+                let expected = ops::sum(row.iter().zip(p).map(|(g, p)| g * p));
+                row.iter_mut().zip(p).for_each(|(g, p)| *g = (*g - expected) * p * scale);
+            }
+            let (s, keys) = (Matrix::new(inner, n), Matrix::new(&qkv[k..], stride));
+            ops::multiply_exact(&mut qkv_gradient[q..], stride, n, d, n, s, keys, true);
+            let (s, queries) = (Matrix::transposed(inner, n), Matrix::new(&qkv[q..], stride));
+            ops::multiply_exact(&mut qkv_gradient[k..], stride, n, d, n, s, queries, true);
+        }
+    }
+}
