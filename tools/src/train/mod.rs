@@ -17,6 +17,8 @@ pub mod parameters;
 pub mod projector;
 pub mod schedule;
 pub mod sft;
+#[cfg(test)]
+mod sft_tests;
 pub mod student;
 pub mod tower;
 pub mod verifier;
