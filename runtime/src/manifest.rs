@@ -9,6 +9,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::media::{FaceCrop, Fit};
+use crate::observation::Identity;
 use crate::verify::Emotion;
 
 /// Name of the manifest in a model's folder.
@@ -144,8 +146,10 @@ pub enum Answer {
 pub struct InputSection {
     /// How a picture becomes a square.
     pub fit: Fit,
-    /// Share of the face's box added on each side, for [`Fit::Face`].
+    /// Share of the face's box added on each side, for [`Fit::Face`]; negative cuts tighter.
     pub face_margin: f32,
+    /// How far the cut's middle lies below the box's middle, in shares of the box's side.
+    pub face_shift: f32,
     /// Side in pixels to which the square is reduced before it is brought to the model's size: the detail of the
     /// pictures the model was trained on.
     pub detail: Option<usize>,
@@ -155,18 +159,6 @@ pub struct InputSection {
     pub window_s: f64,
     /// Time from one window's start to the next's.
     pub step_s: f64,
-}
-
-/// How a picture becomes a square.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Fit {
-    /// Sides are scaled independently, as the published inference does.
-    Stretch,
-    /// The shorter side is filled up with the mean colour, as the published training does.
-    Pad,
-    /// The largest face is cut out.
-    Face,
 }
 
 impl Default for ModelSection {
@@ -186,7 +178,16 @@ impl Default for ModelSection {
 
 impl Default for InputSection {
     fn default() -> Self {
-        InputSection { fit: Fit::Stretch, face_margin: 0.2, detail: None, grey: false, window_s: 2.0, step_s: 1.0 }
+        let FaceCrop { margin: face_margin, shift: face_shift } = FaceCrop::default();
+        InputSection {
+            fit: Fit::Stretch,
+            face_margin,
+            face_shift,
+            detail: None,
+            grey: false,
+            window_s: 2.0,
+            step_s: 1.0,
+        }
     }
 }
 
@@ -240,10 +241,11 @@ impl Manifest {
             ("model.labels", model.labels.is_empty(), "is empty"),
             ("model.instruction", model.instruction.trim().is_empty(), "is empty"),
             ("model.max_new_tokens", !(1..=65536).contains(&model.max_new_tokens), "is not within 1 to 65536"),
-            ("input.face_margin", !(0.0..=2.0).contains(&input.face_margin), "is not within 0 to 2"),
+            ("input.face_margin", !(-0.4..=1.0).contains(&input.face_margin), "is not within -0.4 to 1"),
+            ("input.face_shift", !(-0.5..=0.5).contains(&input.face_shift), "is not within -0.5 to 0.5"),
             ("input.detail", input.detail.is_some_and(|side| !(4..=4096).contains(&side)), "is not within 4 to 4096"),
             ("input.window_s", !(0.05..=3600.0).contains(&input.window_s), "is not within 0.05 to 3600"),
-            ("input.step_s", !(0.01..=3600.0).contains(&input.step_s), "is not within 0.01 to 3600"),
+            ("input.step_s", !(0.05..=3600.0).contains(&input.step_s), "is not within 0.05 to 3600"),
         ];
         if let Some((key, _, reason)) = faults.into_iter().find(|fault| fault.1) {
             return Some((key.to_string(), reason.to_string()));
@@ -291,6 +293,12 @@ impl Manifest {
             sha.update(format!("{digest}  {name}\n"));
         }
         Ok(hexadecimal(&sha.finalize()))
+    }
+
+    /// Name, version and [`Manifest::identity`], as observations state them.
+    pub fn identity_record(&self) -> Result<Identity, ManifestError> {
+        let ModelSection { name, version, .. } = &self.model;
+        Ok(Identity { name: name.clone(), version: version.clone(), sha256: self.identity()? })
     }
 
     /// Holds every file in the folder against `[files]`.
@@ -471,7 +479,7 @@ mod tests {
         let manifest = parse(
             "[model]\nname = 'n'\nversion = '2'\nlicence = 'l'\nlabels = ['happy', 'sad']\ninstruction = 'i'\n\
              max_new_tokens = 64\nverifier = '../v'\nanswer = 'fast'\n\
-             [input]\nfit = 'face'\nface_margin = 0.3\ndetail = 48\ngrey = true\nwindow_s = 4\nstep_s = 0.5\n",
+             [input]\nfit = 'face'\nface_margin = 0.3\nface_shift = -0.1\ndetail = 48\ngrey = true\nwindow_s = 4\nstep_s = 0.5\n",
         )
         .unwrap();
         assert_eq!(manifest.emotions(), [Emotion::Happiness, Emotion::Sadness]);
@@ -502,6 +510,7 @@ mod tests {
             ("[model]\nanswer = 'both'", "answer"),
             ("[input]\nfit = 'crop'", "fit"),
             ("[input]\nface_margin = nan", "input.face_margin"),
+            ("[input]\nface_shift = 2", "input.face_shift"),
             ("[input]\ndetail = 1", "input.detail"),
             ("[input]\nwindow_s = inf", "input.window_s"),
             ("[input]\nstep_s = 0", "input.step_s"),

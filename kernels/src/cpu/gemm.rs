@@ -134,7 +134,6 @@ pub(crate) trait Columns: Copy + Sync {
     /// Columns of the product.
     fn columns(&self) -> usize;
     /// Packs a part (rows are columns of the product) into panels.
-    #[doc(hidden)]
     fn pack<T: Tile>(self, tile: T, part: Part, panels: &mut [f32]);
 }
 
@@ -160,17 +159,19 @@ pub(crate) fn product_at<B: Columns>(
     precision: Precision,
     finish: impl Fn(&mut [f32], usize) + Sync,
 ) {
-    match level {
+    match (level, precision) {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(simd) => match Avx512Bf16::new() {
+        (Level::Avx512(simd), precision) => match Avx512Bf16::new() {
             Some(pairs) if precision == Precision::Bf16 => {
                 product(Bf16Tile { pairs }, pool, a, b, c, accumulate, finish);
             }
             _ => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate, finish),
         },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2(simd) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
-        Level::Portable(simd) => product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish),
+        (Level::Avx2(simd), _) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
+        (Level::Portable(simd), _) => {
+            product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish);
+        }
     }
 }
 
@@ -360,6 +361,7 @@ impl Tile for Bf16Tile {
 }
 
 /// The upper 16 bits of `value` rounded to nearest, ties to even; a NaN stays one.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn bf16_bits(value: f32) -> u32 {
     let bits = value.to_bits();
@@ -693,6 +695,7 @@ mod tests {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     #[test]
     fn bf16_rounds_to_nearest_even() {
         let mut rng = ChaCha8Rng::seed_from_u64(11);

@@ -173,7 +173,7 @@ impl ThreadPool {
     /// done. May be called from several threads, and from within a task.
     ///
     /// # Panics
-    /// When a task panics, with the first panic's payload, after all tasks ended.
+    /// When a task panics, with the first panic's payload, after every task that was begun ended.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
         if tasks <= 1 || self.threads() == 1 {
             (0..tasks).for_each(task);

@@ -265,3 +265,96 @@ fn median(mut values: Vec<f32>) -> f32 {
     let middle = values.len() / 2;
     if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn face(x: f32, y: f32, side: f32) -> FaceBox {
+        FaceBox { x, y, width: side, height: side, score: 5.0 }
+    }
+
+    /// A photograph of a face, 96 pixels wide, made by tests/fixtures/make_face.py.
+    fn portrait() -> Frame {
+        let decoder = png::Decoder::new(std::io::Cursor::new(include_bytes!("../../../tests/fixtures/portrait.png")));
+        let mut reader = decoder.read_info().unwrap();
+        let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut rgb).unwrap();
+        Frame::from_rgb(rgb, info.width as usize, info.height as usize).unwrap()
+    }
+
+    /// `count` bytes of noise.
+    fn noise(count: usize) -> Vec<u8> {
+        let mut state = 7u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn a_face_is_found_where_it_is_and_none_in_noise() {
+        let mut detector = FaceDetector::new().unwrap();
+        let portrait = portrait();
+        let faces = detector.detect(&portrait).unwrap();
+        assert_eq!(faces.len(), 1, "{faces:?}");
+        let middle = (faces[0].x + faces[0].width / 2.0, faces[0].y + faces[0].height / 2.0);
+        assert!((40.0..56.0).contains(&middle.0) && (40.0..56.0).contains(&middle.1), "{faces:?}");
+        let found = detector.find(&[portrait.clone(), portrait.clone()]).unwrap().unwrap();
+        assert_eq!((found.found_in, found.people), (2, 1));
+        let empty = Frame::from_rgb(noise(160 * 120 * 3), 160, 120).unwrap();
+        assert_eq!(detector.find(&[empty.clone(), empty]).unwrap(), None);
+        assert_eq!(detector.find::<Frame>(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn frames_of_any_shape_are_searched() {
+        let mut detector = FaceDetector::new().unwrap();
+        for (width, height) in [(1, 1), (1, 500), (3000, 2), (39, 41), (40, 40), (41, 39), (700, 90), (161, 320)] {
+            for rgb in [noise(width * height * 3), vec![0; width * height * 3], vec![255; width * height * 3]] {
+                let frame = Frame::from_rgb(rgb, width, height).unwrap();
+                assert_eq!(detector.detect(&frame).unwrap(), [], "{width}x{height}");
+            }
+        }
+        let short = Frame { rgb: vec![0; 5], ..Frame::from_rgb(vec![0; 3], 1, 1).unwrap() };
+        assert!(matches!(detector.detect(&short), Err(FaceError::Frame(FrameError::Length { .. }))));
+    }
+
+    #[test]
+    fn the_window_box_follows_one_face_and_is_its_median() {
+        // The large face is followed where it moves; the small one beside it and a frame without faces change nothing.
+        let small = face(0.0, 0.0, 0.1);
+        let found = vec![
+            vec![face(0.5, 0.5, 0.3), small],
+            vec![small, face(0.52, 0.5, 0.32)],
+            vec![small],
+            vec![face(0.56, 0.5, 0.3), small],
+            vec![],
+        ];
+        let window = follow_largest(&found).unwrap();
+        assert_eq!((window.found_in, window.people), (3, 2));
+        assert!((window.relative.width - 0.3).abs() < 1e-6);
+        assert!((window.relative.x + 0.15 - 0.68).abs() < 1e-6, "{window:?}");
+        // Seen in less than a quarter of the frames it is no face of the window.
+        let mut rare = vec![vec![]; 5];
+        rare[2] = vec![face(0.5, 0.5, 0.3)];
+        assert_eq!(follow_largest(&rare), None);
+        assert!(follow_largest(&rare[1..]).is_some());
+    }
+
+    #[test]
+    fn the_square_stays_the_same_in_frames_of_another_size() {
+        let window = follow_largest(&[vec![face(0.25, 0.5, 0.5)]]).unwrap();
+        let crop = FaceCrop::new(0.1, 0.05).unwrap();
+        let frames = [(80, 80), (160, 160)].map(|(w, h)| Frame::from_rgb(vec![0; w * h * 3], w, h).unwrap());
+        let squares = crop.squares(&window, &frames);
+        assert_eq!(squares, [Square { x: 16, y: 38, side: 48 }, Square { x: 32, y: 76, side: 96 }]);
+        assert_eq!(FaceCrop::new(0.0, 0.0).unwrap().square(&face(0.0, 0.0, 0.0)).side, 1);
+        for (margin, shift) in [(f32::NAN, 0.0), (-0.5, 0.0), (2.0, 0.0), (0.0, 0.6), (0.0, f32::INFINITY)] {
+            assert!(matches!(FaceCrop::new(margin, shift), Err(FaceError::Crop { .. })), "{margin} {shift}");
+        }
+    }
+}

@@ -431,3 +431,199 @@ fn gather(source: impl FrameSource, mut builder: WindowBuilder, slot: &LatestSlo
         slot.lock().window = Some(window);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A source of tiny frames at given times, which ends or fails.
+    struct Script {
+        frames: std::vec::IntoIter<f64>,
+        number: u8,
+        fails: bool,
+        live: bool,
+        pace: Duration,
+    }
+
+    fn script(times: impl IntoIterator<Item = f64>) -> Script {
+        let frames = times.into_iter().collect::<Vec<_>>().into_iter();
+        Script { frames, number: 0, fails: false, live: false, pace: Duration::ZERO }
+    }
+
+    fn at_rate(frames: usize, per_second: f64) -> Script {
+        script((0..frames).map(|i| i as f64 / per_second))
+    }
+
+    impl Iterator for Script {
+        type Item = Result<Frame, MediaError>;
+
+        fn next(&mut self) -> Option<Self::Item> {
+            std::thread::sleep(self.pace);
+            let Some(pts_s) = self.frames.next() else {
+                return std::mem::take(&mut self.fails)
+                    .then(|| Err(MediaError::NoVideoTrack { source_name: "script".into() }));
+            };
+            let mut frame = Frame::from_rgb(vec![self.number; 3], 1, 1).unwrap();
+            (frame.pts_s, frame.monotonic_s) = (pts_s, pts_s + 100.0);
+            self.number = self.number.wrapping_add(1);
+            Some(Ok(frame))
+        }
+    }
+
+    impl FrameSource for Script {
+        fn is_live(&self) -> bool {
+            self.live
+        }
+    }
+
+    /// Start, end, count and the numbers of the sampled frames of each window.
+    fn summary(windows: Windows) -> Vec<(f64, f64, usize, Vec<u8>)> {
+        let brief = |window: Window| {
+            let numbers = window.frames.iter().map(|frame| frame.rgb[0]).collect();
+            (window.start_s, window.end_s, window.frame_count, numbers)
+        };
+        windows.map(|window| brief(window.unwrap())).collect()
+    }
+
+    fn windows(source: Script, frames: usize, window_s: f64, step_s: f64) -> Windows {
+        Windows::new(source, WindowSettings::new(frames, window_s, step_s).unwrap())
+    }
+
+    #[test]
+    fn the_indices_are_those_of_the_published_rule() {
+        let cases: [(usize, usize, &[usize]); 12] = [
+            (9, 8, &[1, 2, 3, 4, 5, 6, 7, 8]),
+            (16, 8, &[1, 3, 5, 7, 8, 10, 12, 14]),
+            (17, 8, &[1, 3, 5, 7, 9, 11, 13, 15]),
+            (100, 8, &[6, 19, 31, 43, 56, 68, 80, 93]),
+            (473, 4, &[59, 177, 295, 413]),
+            (41, 8, &[3, 8, 13, 18, 23, 28, 33, 38]),
+            (5, 4, &[1, 2, 3, 4]),
+            (4, 4, &[0, 1, 2, 3]),
+            (3, 4, &[0, 1, 2]),
+            (1, 1, &[0]),
+            (2, 1, &[1]),
+            (0, 4, &[]),
+        ];
+        for (frame_count, wanted, indices) in cases {
+            assert_eq!(sample_indices(frame_count, wanted), indices, "{frame_count} frames, {wanted} wanted");
+        }
+    }
+
+    #[test]
+    fn windows_step_through_media_time() {
+        // 35 frames at 10 a second: three whole windows, and a last one of the frames from 2 s on.
+        let got = summary(windows(at_rate(35, 10.0), 4, 2.0, 1.0));
+        let indices = |first: u8, count: usize| -> Vec<u8> {
+            sample_indices(count, 4).into_iter().map(|i| first + i as u8).collect()
+        };
+        assert_eq!(got.len(), 3);
+        assert_eq!(got[0], (0.0, 2.0, 20, indices(0, 20)));
+        assert_eq!(got[1], (1.0, 3.0, 20, indices(10, 20)));
+        assert_eq!((got[2].0, got[2].2, &got[2].3), (2.0, 15, &indices(20, 15)));
+        assert!((got[2].1 - 3.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_last_window_is_given_only_where_it_shows_something_new_in_full() {
+        // A clip that ends with a window has no other one behind it.
+        assert_eq!(summary(windows(at_rate(20, 10.0), 4, 2.0, 1.0)).len(), 1);
+        // A clip shorter than a window is one window, however few its frames.
+        assert_eq!(summary(windows(at_rate(2, 10.0), 4, 2.0, 1.0)), [(0.0, 0.2, 2, vec![0, 1])]);
+        assert_eq!(summary(windows(at_rate(1, 10.0), 4, 2.0, 1.0)), [(0.0, 2.0, 1, vec![0])]);
+        assert_eq!(summary(windows(at_rate(0, 10.0), 4, 2.0, 1.0)), []);
+        // A rest too short for four frames is not padded with black but left out; one that is long enough is given.
+        assert_eq!(summary(windows(at_rate(23, 10.0), 4, 2.0, 2.0)).len(), 1);
+        assert_eq!(summary(windows(at_rate(24, 10.0), 4, 2.0, 2.0)).len(), 2);
+    }
+
+    #[test]
+    fn gaps_jitter_and_restarts_of_time() {
+        // Windows that lie in a gap of the stream are skipped, at once even where it is a long one.
+        let times = (0..20).map(|i| f64::from(i) * 0.1).chain((0..20).map(|i| 1e9 + f64::from(i) * 0.1));
+        let got: Vec<Window> = windows(script(times), 4, 1.0, 1.0).map(Result::unwrap).collect();
+        assert_eq!(got.iter().map(|window| window.frame_count).collect::<Vec<_>>(), [10, 10, 10, 10]);
+        assert_eq!((got[1].index, got[2].index), (1, 1_000_000_000));
+        // A small step back does not disturb the order; a large one starts anew, and no frame is lost.
+        let jitter = [0.0, 0.1, 0.3, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
+        assert_eq!(summary(windows(script(jitter), 2, 1.0, 1.0))[0].2, 10);
+        let restart = [5.0, 5.5, 6.0, 6.5, 0.0, 0.5, 1.0, 1.5].into_iter();
+        let got: Vec<Window> = windows(script(restart), 2, 2.0, 1.0).map(Result::unwrap).collect();
+        assert_eq!(got.iter().map(|window| window.frame_count).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!((got[0].start_s, got[1].start_s), (5.0, 0.0));
+        assert!(got[1].index > got[0].index);
+        // Between windows that do not touch, frames are left out.
+        let got = summary(windows(at_rate(60, 10.0), 2, 1.0, 2.5));
+        assert_eq!(
+            got.iter().map(|window| (window.0, window.2)).collect::<Vec<_>>(),
+            [(0.0, 10), (2.5, 10), (5.0, 10)]
+        );
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_sample_stays_close() {
+        let mut settings = WindowSettings::new(4, 100.0, 100.0).unwrap();
+        settings.buffer_bytes = 3 * 40;
+        let mut builder = WindowBuilder::new(settings);
+        for frame in at_rate(200, 2.0) {
+            builder.push(frame.unwrap());
+            assert!(builder.kept_bytes <= 3 * 40 && builder.kept.len() <= 40, "{} kept", builder.kept.len());
+            assert_eq!(builder.kept_bytes, 3 * builder.kept.len());
+        }
+        builder.finish();
+        let window = builder.ready.pop_front().unwrap();
+        assert_eq!(window.frame_count, 200);
+        for (frame, index) in window.frames.iter().zip(sample_indices(200, 4)) {
+            assert!((i64::from(frame.rgb[0]) - index as i64).abs() <= 4, "{} for {index}", frame.rgb[0]);
+        }
+    }
+
+    #[test]
+    fn an_error_comes_after_the_frames_before_it() {
+        for live in [false, true] {
+            let source = Script { fails: true, live, ..at_rate(20, 10.0) };
+            let mut windows = windows(source, 4, 2.0, 2.0);
+            assert_eq!(windows.next().unwrap().unwrap().frame_count, 20);
+            assert!(matches!(windows.next(), Some(Err(MediaError::NoVideoTrack { .. }))));
+            assert!(windows.next().is_none() && windows.next().is_none());
+        }
+    }
+
+    #[test]
+    fn a_live_reader_gets_the_newest_window_and_a_file_reader_every_one() {
+        let live = Script { live: true, pace: Duration::from_millis(1), ..at_rate(100, 10.0) };
+        let mut late = windows(live, 2, 1.0, 1.0);
+        let Inner::Latest(slot) = &late.inner else { panic!("a live source is read on its own thread") };
+        while !slot.lock().ended {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let newest = late.next().unwrap().unwrap();
+        assert_eq!((newest.index, newest.start_s, newest.frame_count), (9, 9.0, 10));
+        assert!((newest.start_monotonic_s - 109.0).abs() < 1e-9 && (newest.end_monotonic_s - 109.9).abs() < 1e-9);
+        assert!(late.next().is_none());
+        assert_eq!(summary(windows(at_rate(100, 10.0), 2, 1.0, 1.0)).len(), 10);
+    }
+
+    #[test]
+    fn a_whole_clip_is_one_exact_window() {
+        let window = sample_clip(|| Ok(at_rate(100, 10.0)), 8).unwrap().unwrap();
+        assert_eq!(window.frames.iter().map(|frame| frame.rgb[0]).collect::<Vec<_>>(), [6, 19, 31, 43, 56, 68, 80, 93]);
+        assert_eq!((window.frame_count, window.start_s), (100, 0.0));
+        assert!((window.end_s - 10.0).abs() < 1e-9);
+        assert!(sample_clip(|| Ok(at_rate(0, 10.0)), 8).unwrap().is_none());
+        assert!(sample_clip(|| Ok(Script { fails: true, ..at_rate(3, 10.0) }), 8).is_err());
+    }
+
+    #[test]
+    fn settings_out_of_range_are_errors() {
+        assert_eq!(WindowSettings::new(0, 1.0, 1.0), Err(SettingsError::Frames { frames: 0 }));
+        assert_eq!(WindowSettings::new(1025, 1.0, 1.0), Err(SettingsError::Frames { frames: 1025 }));
+        for seconds in [f64::NAN, f64::INFINITY, -1.0, 0.0, 1e-9, 3601.0] {
+            assert!(WindowSettings::new(4, seconds, 1.0).is_err() && WindowSettings::new(4, 1.0, seconds).is_err());
+        }
+    }
+}

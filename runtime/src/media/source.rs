@@ -91,7 +91,7 @@ pub struct SourceOptions {
 impl Default for SourceOptions {
     fn default() -> Self {
         // A file may lie on a slow disk and be decoded on a busy machine; a camera that is silent for seconds is gone.
-        Self { file_timeout: Duration::from_secs(60), live_timeout: Duration::from_secs(10) }
+        Self { file_timeout: Duration::from_secs(30), live_timeout: Duration::from_secs(10) }
     }
 }
 
@@ -244,11 +244,16 @@ impl Source {
             || error.matches(gst::StreamError::NotImplemented);
         if self.frames == 0 && no_type {
             MediaError::NotMedia { source_name, detail }
-        } else if self.frames == 0 && no_codec && self.entry.is_some() {
+        } else if self.frames == 0 && (no_codec && self.entry.is_some() || self.knows_no_video()) {
             self.no_video()
         } else {
             self.failure(detail)
         }
+    }
+
+    /// Whether all streams are known and none is video that can be decoded.
+    fn knows_no_video(&self) -> bool {
+        self.streams_known.load(Ordering::SeqCst) && self.entry.as_ref().is_some_and(|entry| !entry.is_linked())
     }
 
     /// The error of a source whose streams are known and hold no video that can be decoded.
@@ -339,8 +344,7 @@ impl Iterator for Source {
             }
             // Read before the messages: an error that caused the end was posted before it.
             let ended = self.sink.is_eos();
-            let no_video = self.streams_known.load(Ordering::SeqCst)
-                && self.entry.as_ref().is_some_and(|entry| !entry.is_linked());
+            let no_video = self.knows_no_video();
             self.failed = self.bus_error();
             if self.failed.is_some() {
                 continue; // frames that came before the error go first
@@ -411,7 +415,7 @@ fn build(spec: &SourceSpec, options: SourceOptions) -> Result<gst::Pipeline, Med
     };
     let newest = "queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0";
     // videoflip turns pictures upright by the orientation that the file's tags tell.
-    let behind = |entry: &str| format!("{entry} name=candor_entry ! {copy_out}videoflip method=automatic ! {TAIL}");
+    let behind = |entry: &str| format!("{entry} name=candor_entry ! {copy_out}videoflip video-direction=auto ! {TAIL}");
     let decoder = |element: &str| format!("{element} name=candor_decoder {stop_at}");
     let text = match spec {
         SourceSpec::File(_) => format!("{} {}", decoder("uridecodebin"), behind("queue max-size-buffers=2")),

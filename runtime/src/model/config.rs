@@ -625,3 +625,212 @@ fn theta(root: &Section<'_>) -> Result<f32, ConfigError> {
     }
     root.positive("rope_theta", None)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn model() -> Value {
+        json!({
+            "model_type": "HumanOmni_qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+            "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936, "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 32768, "num_frames": 8,
+            "mm_hidden_size": 768, "mm_projector_type": "all_in_one_small", "mm_vision_select_layer": -2,
+            "mm_audio_projector_type": "mlp2x_gelu",
+            "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                "intermediate_size": 3072, "image_size": 224, "patch_size": 16},
+            "audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20,
+                "encoder_ffn_dim": 5120, "num_mel_bins": 128, "max_source_positions": 1500},
+            "bert_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                "intermediate_size": 3072, "vocab_size": 30522},
+        })
+    }
+
+    fn read(config: &str) -> Result<ModelConfig, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(CONFIG), config).unwrap();
+        ModelConfig::read(folder.path())
+    }
+
+    /// Reads the configuration with the value at `key` (objects parted by dots) replaced.
+    fn with(key: &str, value: Value) -> Result<ModelConfig, ConfigError> {
+        let mut config = model();
+        match key.rsplit_once('.') {
+            Some((object, last)) => config[object][last] = value,
+            None => config[key] = value,
+        }
+        read(&config.to_string())
+    }
+
+    #[test]
+    fn the_published_sizes() {
+        let config = read(&model().to_string()).unwrap();
+        assert_eq!((config.vision.used_layers, config.vision.patches(), config.tokens_a_frame()), (11, 196, 49));
+        assert_eq!((config.decoder.head_dim, config.decoder.tied), (64, false));
+        assert_eq!((config.bert.positions, config.bert.types, config.bert.eps), (512, 2, 1e-12));
+        assert_eq!(config.vision.activation, Activation::GeluTanh);
+        let sizes = [("vision_config.image_size", 384), ("vision_config.patch_size", 14)];
+        let mut large = model();
+        for (key, value) in sizes {
+            large["vision_config"][key.split('.').next_back().unwrap()] = value.into();
+        }
+        large["mm_projector_type"] = "all_in_one".into();
+        let config = read(&large.to_string()).unwrap();
+        assert_eq!((config.vision.patches(), config.tokens_a_frame()), (729, 196));
+    }
+
+    #[test]
+    fn sizes_that_no_model_has_are_named() {
+        let sizes = [
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+            "num_frames",
+            "vision_config.hidden_size",
+            "vision_config.num_hidden_layers",
+            "vision_config.num_attention_heads",
+            "vision_config.image_size",
+            "vision_config.patch_size",
+            "vision_config.intermediate_size",
+            "audio_config.d_model",
+            "audio_config.encoder_layers",
+            "audio_config.num_mel_bins",
+            "audio_config.max_source_positions",
+            "bert_config.hidden_size",
+            "bert_config.vocab_size",
+            "bert_config.max_position_embeddings",
+        ];
+        for key in sizes {
+            for bad in [json!(0), json!(-1), json!(1.5), json!(u64::MAX), json!(1 << 25), json!("8"), json!([8])] {
+                let error = with(key, bad.clone()).err().unwrap_or_else(|| panic!("{key} = {bad} was taken"));
+                assert!(matches!(&error, ConfigError::Value { key: k, .. } if k == key), "{key} = {bad}: {error}");
+            }
+        }
+        for key in ["hidden_size", "vocab_size", "num_frames", "vision_config.patch_size", "audio_config.d_model"] {
+            let error = with(key, Value::Null).unwrap_err();
+            assert!(matches!(&error, ConfigError::Missing { key: k, .. } if k == key), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_that_do_not_fit_each_other_are_named() {
+        for (key, value, named) in [
+            ("num_attention_heads", json!(13), "num_key_value_heads"),
+            ("num_attention_heads", json!(896), "num_attention_heads"),
+            ("num_key_value_heads", json!(3), "num_key_value_heads"),
+            ("head_dim", json!(63), "head_dim"),
+            ("vision_config.num_attention_heads", json!(7), "vision_config.num_attention_heads"),
+            ("audio_config.encoder_attention_heads", json!(3), "audio_config.encoder_attention_heads"),
+            ("bert_config.num_attention_heads", json!(5), "bert_config.num_attention_heads"),
+            ("vision_config.patch_size", json!(225), "vision_config.patch_size"),
+            ("vision_config.patch_size", json!(224), "mm_projector_type"),
+            ("vision_config.image_size", json!(240), "mm_projector_type"),
+            ("vision_config.num_channels", json!(1), "vision_config.num_channels"),
+            ("vision_config.hidden_act", json!("quick_gelu"), "vision_config.hidden_act"),
+            ("vision_config.layer_norm_eps", json!(0), "vision_config.layer_norm_eps"),
+            ("vision_config.layer_norm_eps", json!(1e300), "vision_config.layer_norm_eps"),
+            ("mm_projector_type", json!("all_in_one"), "mm_projector_type"),
+            ("mm_projector_type", json!("linear"), "mm_projector_type"),
+            ("mm_hidden_size", json!(769), "mm_hidden_size"),
+            ("mm_vision_select_layer", json!(-14), "mm_vision_select_layer"),
+            ("mm_vision_select_layer", json!(13), "mm_vision_select_layer"),
+            ("mm_vision_select_layer", json!(i64::MIN), "mm_vision_select_layer"),
+            ("mm_audio_projector_type", json!("linear"), "mm_audio_projector_type"),
+            ("audio_config.max_source_positions", json!(2), "audio_config.max_source_positions"),
+            ("num_frames", json!(1025), "num_frames"),
+            ("model_type", json!("llama"), "model_type"),
+            ("hidden_act", json!("gelu"), "hidden_act"),
+            ("rope_theta", json!(-1), "rope_theta"),
+            ("rope_scaling", json!({"type": "yarn"}), "rope_scaling.type"),
+            ("rope_parameters", json!({"rope_theta": "x"}), "rope_parameters.rope_theta"),
+            ("use_sliding_window", json!(true), "use_sliding_window"),
+            ("tie_word_embeddings", json!("yes"), "tie_word_embeddings"),
+            ("vision_config", json!(3), "vision_config"),
+            ("bert_config.position_embedding_type", json!("relative_key"), "bert_config.position_embedding_type"),
+        ] {
+            let error = with(key, value.clone()).err().unwrap_or_else(|| panic!("{key} = {value} was taken"));
+            assert!(matches!(&error, ConfigError::Value { key: k, .. } if k == named), "{key} = {value}: {error}");
+        }
+    }
+
+    #[test]
+    fn selected_states_are_counted_as_transformers_does() {
+        for (value, used) in [(-1, 12), (-2, 11), (-13, 0), (0, 0), (12, 12)] {
+            assert_eq!(with("mm_vision_select_layer", value.into()).unwrap().vision.used_layers, used);
+        }
+    }
+
+    #[test]
+    fn rotary_base_in_either_place() {
+        let mut config = model();
+        config.as_object_mut().unwrap().remove("rope_theta");
+        assert!(
+            matches!(read(&config.to_string()).unwrap_err(), ConfigError::Missing { key, .. } if key == "rope_theta")
+        );
+        config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
+        assert_eq!(read(&config.to_string()).unwrap().decoder.theta, 5e5);
+    }
+
+    #[test]
+    fn towers_whose_sizes_nobody_gives() {
+        let error = with("bert_config", Value::Null).unwrap_err();
+        assert!(matches!(&error, ConfigError::Missing { key, .. } if key == "bert_config"), "{error}");
+        let mut config = model();
+        config["vision_config"] = Value::Null;
+        config["mm_vision_tower"] = "siglip".into();
+        let text = read(&config.to_string()).unwrap_err().to_string();
+        assert!(text.contains("mm_vision_tower") && text.contains("vision_config"), "{text}");
+    }
+
+    #[test]
+    fn files_that_are_no_configuration() {
+        for text in ["", "{", "[]", "3", "\u{0}"] {
+            assert!(matches!(read(text).unwrap_err(), ConfigError::Json { .. }), "{text:?}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        assert!(matches!(ModelConfig::read(folder.path()).unwrap_err(), ConfigError::File(WeightsError::Io { .. })));
+        std::fs::File::create(folder.path().join(CONFIG)).unwrap().set_len(CONFIG_LIMIT + 1).unwrap();
+        assert!(matches!(
+            ModelConfig::read(folder.path()).unwrap_err(),
+            ConfigError::File(WeightsError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn classifiers() {
+        let read = |change: &dyn Fn(&mut Value)| {
+            let mut config = json!({"model_type": "roberta", "hidden_size": 768, "num_hidden_layers": 12,
+                "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50265,
+                "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1,
+                "id2label": {"0": "admiration", "1": "amusement"}});
+            change(&mut config);
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join(CONFIG), config.to_string()).unwrap();
+            ClassifierConfig::read(folder.path())
+        };
+        let config = read(&|_| ()).unwrap();
+        assert_eq!((config.labels, config.encoder.padding), (vec!["admiration".into(), "amusement".into()], Some(1)));
+        assert_eq!(read(&|c| c["model_type"] = "bert".into()).unwrap().encoder.padding, None);
+        for (key, value, named) in [
+            ("model_type", json!("gpt2"), "model_type"),
+            ("pad_token_id", json!(513), "pad_token_id"),
+            ("pad_token_id", json!(-1), "pad_token_id"),
+            ("id2label", json!({}), "id2label"),
+            ("id2label", json!(["a"]), "id2label"),
+            ("id2label", json!({"0": 7}), "id2label.0"),
+        ] {
+            let error = read(&|c| c[key] = value.clone()).unwrap_err();
+            assert!(matches!(&error, ConfigError::Value { key: k, .. } if k == named), "{key} = {value}: {error}");
+        }
+        let error = read(&|c| c["id2label"] = json!({"0": "a", "2": "b"})).unwrap_err();
+        assert!(matches!(&error, ConfigError::Missing { key, .. } if key == "id2label.1"), "{error}");
+    }
+}

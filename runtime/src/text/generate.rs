@@ -66,6 +66,15 @@ pub struct Checkpoint {
     bytes: usize,
 }
 
+/// A stretch of text kept to be put back after a rollback.
+#[derive(Debug, Clone)]
+pub struct Passage {
+    from: Checkpoint,
+    written: Vec<Written>,
+    state: State,
+    finished: bool,
+}
+
 /// Why a completion ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
@@ -271,6 +280,26 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
             self.bans.push((place, first.token));
         }
         Ok(other)
+    }
+
+    /// The text behind a checkpoint.
+    pub fn passage(&self, from: &Checkpoint) -> Result<Passage, GenerateError> {
+        let written = self.written.get(from.tokens..).ok_or(GenerateError::Checkpoint { tokens: from.tokens })?;
+        Ok(Passage { from: *from, written: written.to_vec(), state: self.state, finished: self.finished })
+    }
+
+    /// Puts a passage back after a rollback to where it began. Its tokens are not counted as written again.
+    pub fn restore(&mut self, passage: &Passage) -> Result<(), GenerateError> {
+        if self.checkpoint() != passage.from {
+            return Err(GenerateError::Checkpoint { tokens: passage.from.tokens });
+        }
+        let table = self.grammar.table();
+        for written in passage.written.iter().filter(|written| written.token != table.end_of_turn()) {
+            self.text.extend_from_slice(table.bytes(written.token));
+        }
+        self.written.extend_from_slice(&passage.written);
+        (self.state, self.finished) = (passage.state, passage.finished);
+        Ok(())
     }
 
     /// How probable each label is behind the rationale written, as the model alone (without the grammar) has it. Needs

@@ -15,7 +15,7 @@ pub mod tokenizer;
 pub(crate) mod toy;
 
 pub use automaton::Phase;
-pub use generate::{Checkpoint, Completion, FinishReason, GenerateError, Generator, Step};
+pub use generate::{Checkpoint, Completion, FinishReason, GenerateError, Generator, Passage, Step};
 pub use grammar::{Grammar, GrammarError, Mask};
 pub use labels::{LabelProbabilities, LabelScorer, LabelSearch};
 pub use sampling::{Sampler, Sampling, SamplingError};

@@ -13,9 +13,11 @@ pub mod reward;
 pub(crate) mod scripted;
 pub mod sentences;
 pub mod verdict;
+pub mod verifier;
 
 pub use classifier::{SentenceClassifier, VerifierError};
 pub use emotions::{Emotion, GoEmotion};
 pub use reading::read_labels;
 pub use sentences::split_sentences;
-pub use verdict::{Assessment, Sentence, Verdict, assess};
+pub use verdict::{Assessment, Reading, Sentence, Verdict, assess};
+pub use verifier::Verifier;

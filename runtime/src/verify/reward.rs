@@ -29,7 +29,8 @@ pub fn explanation_reward(
     classifier: &mut impl SentenceClassifier,
 ) -> Result<f32, VerifierError> {
     let Some(rationale) = rationale_of(completion) else { return Ok(0.0) };
-    let labels: Vec<_> = read_sentences(rationale, classifier)?.into_iter().map(|(_, labels)| labels).collect();
+    let readings = read_sentences(rationale, classifier)?;
+    let labels: Vec<_> = readings.into_iter().map(|reading| reading.labels).collect();
     Ok(explanation_reward_of_labels(&labels, emotion))
 }
 

@@ -61,6 +61,17 @@ impl Verdict {
     }
 }
 
+/// A sentence as the verifier read it, before it is held against a label.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reading {
+    /// The sentence.
+    pub text: String,
+    /// One or two labels, most probable first.
+    pub labels: Vec<GoEmotion>,
+    /// The probability of every label, by its id.
+    pub probabilities: [f32; 28],
+}
+
 /// A rationale read against a label.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assessment {
@@ -68,6 +79,15 @@ pub struct Assessment {
     pub sentences: Vec<Sentence>,
     /// The verdict over them.
     pub verdict: Verdict,
+}
+
+impl Assessment {
+    /// Holds the readings of a rationale's sentences against a label's emotion.
+    pub fn new(readings: Vec<Reading>, emotion: Emotion) -> Assessment {
+        let sentence = |Reading { text, labels, .. }| Sentence { supports: supports(&labels, emotion), text, labels };
+        let sentences: Vec<Sentence> = readings.into_iter().map(sentence).collect();
+        Assessment { verdict: Verdict::over(&sentences), sentences }
+    }
 }
 
 /// Whether a sentence with these labels supports the emotion; `None` where it names no emotion.
@@ -87,18 +107,11 @@ pub fn assess(
     emotion: Emotion,
     classifier: &mut impl SentenceClassifier,
 ) -> Result<Assessment, VerifierError> {
-    let sentences = read_sentences(rationale, classifier)?
-        .into_iter()
-        .map(|(text, labels)| Sentence { supports: supports(&labels, emotion), text, labels })
-        .collect::<Vec<_>>();
-    Ok(Assessment { verdict: Verdict::over(&sentences), sentences })
+    Ok(Assessment::new(read_sentences(rationale, classifier)?, emotion))
 }
 
 /// The sentences of a text and their labels.
-pub fn read_sentences(
-    text: &str,
-    classifier: &mut impl SentenceClassifier,
-) -> Result<Vec<(String, Vec<GoEmotion>)>, VerifierError> {
+pub fn read_sentences(text: &str, classifier: &mut impl SentenceClassifier) -> Result<Vec<Reading>, VerifierError> {
     let sentences = split_sentences(text);
     if sentences.is_empty() {
         return Ok(Vec::new());
@@ -107,7 +120,10 @@ pub fn read_sentences(
     if probabilities.len() != sentences.len() {
         return Err(VerifierError::Count { expected: sentences.len(), actual: probabilities.len() });
     }
-    sentences.into_iter().zip(&probabilities).map(|(text, p)| Ok((text.to_string(), read_labels(p)?))).collect()
+    let read = |(text, probabilities): (&str, [f32; 28])| {
+        Ok(Reading { text: text.to_string(), labels: read_labels(&probabilities)?, probabilities })
+    };
+    sentences.into_iter().zip(probabilities).map(read).collect()
 }
 
 #[cfg(test)]

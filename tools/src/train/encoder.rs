@@ -166,6 +166,8 @@ struct Kept {
 /// Buffers of one worker; they grow to the largest batch seen and are then reused.
 #[derive(Default)]
 pub struct EncoderBuffers {
+    /// Dropout on each branch, for training: the rate, and a seed that must differ from batch to batch.
+    pub dropout: Option<(f32, u32)>,
     kept: Vec<Kept>,
     wide: Vec<f32>,
     narrow: Vec<f32>,
@@ -239,7 +241,7 @@ impl Encoder {
     pub fn forward(&self, values: &[f32], x: &[f32], sequences: Sequences, buffers: &mut EncoderBuffers) {
         let EncoderSize { width, heads, hidden, eps, norm, .. } = self.size;
         let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let EncoderBuffers { kept: all, branch, .. } = buffers;
+        let EncoderBuffers { kept: all, branch, dropout, .. } = buffers;
         all.resize_with(self.layers.len(), Kept::default);
         branch.resize(rows * width, 0.0);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -276,6 +278,7 @@ impl Encoder {
                 );
             }
             layer.out.linear(values, &kept.mixed, rows, branch);
+            drop_out(*dropout, 2 * index, branch);
             // `middle` is what the second norm (before) or the first norm (after) reads.
             add(x, branch, &mut kept.middle);
             match norm {
@@ -284,6 +287,7 @@ impl Encoder {
                     layer.first.linear(values, &kept.normal2, rows, &mut kept.before);
                     ops::gelu(&kept.before, &mut kept.hidden);
                     layer.second.linear(values, &kept.hidden, rows, branch);
+                    drop_out(*dropout, 2 * index + 1, branch);
                     add(&kept.middle, branch, &mut kept.out);
                 }
                 NormPlace::After => {
@@ -291,6 +295,7 @@ impl Encoder {
                     layer.first.linear(values, &kept.normal1, rows, &mut kept.before);
                     ops::gelu(&kept.before, &mut kept.hidden);
                     layer.second.linear(values, &kept.hidden, rows, branch);
+                    drop_out(*dropout, 2 * index + 1, branch);
                     // `normal2` keeps the sum that the second norm reads.
                     add(&kept.normal1, branch, &mut kept.normal2);
                     layer.norm2.layer_norm(values, &kept.normal2, eps, &mut kept.out, &mut kept.statistics2);
@@ -312,7 +317,7 @@ impl Encoder {
     ) {
         let EncoderSize { width, heads, hidden, norm, .. } = self.size;
         let (rows, tokens) = (sequences.rows(), sequences.tokens);
-        let EncoderBuffers { kept: all, wide, narrow, branch, qkv, scratch } = buffers;
+        let EncoderBuffers { kept: all, wide, narrow, branch, qkv, scratch, dropout } = buffers;
         wide.resize(rows * hidden, 0.0);
         narrow.resize(rows * width, 0.0);
         branch.resize(rows * width, 0.0);
@@ -329,7 +334,9 @@ impl Encoder {
                 gradient.copy_from_slice(branch);
             }
             let input = if norm == NormPlace::Before { &kept.normal2 } else { &kept.normal1 };
-            layer.second.linear_backward(values, gradients, &kept.hidden, rows, gradient, Some(wide));
+            branch.copy_from_slice(gradient);
+            drop_out(*dropout, 2 * index + 1, branch);
+            layer.second.linear_backward(values, gradients, &kept.hidden, rows, branch, Some(wide));
             ops::gelu_backward(&kept.before, wide);
             layer.first.linear_backward(values, gradients, input, rows, wide, Some(narrow));
             match norm {
@@ -346,7 +353,9 @@ impl Encoder {
                 }
             }
             // Through the attention; afterwards `gradient` is that of the layer's input.
-            layer.out.linear_backward(values, gradients, &kept.mixed, rows, gradient, Some(branch));
+            narrow.copy_from_slice(gradient);
+            drop_out(*dropout, 2 * index, narrow);
+            layer.out.linear_backward(values, gradients, &kept.mixed, rows, narrow, Some(branch));
             for sequence in 0..sequences.visible.len() {
                 self.attention().backward(
                     &kept.qkv[sequence * tokens * 3 * width..][..tokens * 3 * width],
@@ -366,6 +375,13 @@ impl Encoder {
                 NormPlace::After => accumulate(gradient, narrow),
             }
         }
+    }
+}
+
+/// Dropout on a branch; each of the encoder's branches has a place of its own in the hash's sequence.
+fn drop_out(dropout: Option<(f32, u32)>, place: usize, branch: &mut [f32]) {
+    if let Some((rate, seed)) = dropout {
+        ops::dropout(branch, rate, seed.wrapping_mul(64).wrapping_add(place as u32));
     }
 }
 
@@ -398,7 +414,7 @@ mod tests {
         let mut weights: Vec<f32> = (0..2 * 5 * 12).map(|_| rng.random_range(-1.0..1.0)).collect();
         weights[8 * 12..].fill(0.0);
         let mut gradients = vec![0.0; plan.len()];
-        let mut buffers = EncoderBuffers::default();
+        let mut buffers = EncoderBuffers { dropout: Some((0.2, 5)), ..EncoderBuffers::default() };
         let x = values[input.clone()].to_vec();
         encoder.forward(&values, &x, sequences, &mut buffers);
         let mut gradient = weights.clone();

@@ -1,7 +1,7 @@
 //! Writes a trained model as a folder in the published layout, so that nothing in the runtime is special to it.
 
 use super::checkpoint::write_atomically;
-use super::features::FrozenTower;
+use super::features::{FrozenTower, Standard};
 use super::gate_text::InstructionEncoder;
 use super::student::{Prompt, Student};
 use crate::data::cold_start::Description;
@@ -28,6 +28,8 @@ pub struct Export<'a> {
     pub student: &'a Student,
     /// Their values.
     pub values: &'a [f32],
+    /// How they want the tower's features.
+    pub standard: &'a Standard,
     /// The tower.
     pub tower: &'a FrozenTower,
     /// The gate's BERT.
@@ -61,10 +63,10 @@ pub fn write(model: &Export<'_>) -> anyhow::Result<String> {
         }
         records.extend(lay_down(name, shape, stored));
     };
-    for (name, shape, values) in model.tower.tensors() {
-        add(format!("model.vision_tower.vision_tower.{name}"), shape, values);
+    for (name, shape, values) in model.tower.tensors(model.standard) {
+        add(format!("model.vision_tower.vision_tower.{name}"), shape, &values);
     }
-    for (name, shape, values) in model.student.tensors(model.values) {
+    for (name, shape, values) in model.student.tensors(model.values, model.standard) {
         add(name, &shape, &values);
     }
     for entry in model.encoder.plan.entries() {

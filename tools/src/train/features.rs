@@ -22,6 +22,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const MICRO_BATCH: usize = 16;
 /// Pictures between two notes of how far the file goes.
 const STRETCH: usize = 1024;
+/// Photographs whose features give mean and spread.
+const SURVEYED: usize = 2048;
 
 /// A tower that stays as it is, rounded to what the model folder will hold.
 pub struct FrozenTower {
@@ -73,10 +75,18 @@ impl FrozenTower {
         self.geometry.patches() * self.tower.config.hidden_size
     }
 
-    /// The tensors that a model folder needs, with names below `vision_model.`, shapes and values.
-    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize], &[f32])> {
+    /// The tensors that a model folder needs, with names below `vision_model.`, shapes and values. The last layer adds
+    /// its feed-forward branch to the states that are the features, so its bias takes the standard's mean off them.
+    pub fn tensors(&self, standard: &Standard) -> impl Iterator<Item = (&str, &[usize], Vec<f32>)> {
+        let last = format!("vision_model.encoder.layers.{}.mlp.fc2.bias", self.tower.config.num_hidden_layers - 1);
         let entries = self.tower.plan.entries().iter().filter(|entry| exported(&entry.name));
-        entries.map(|e| (e.name.as_str(), e.shape.as_slice(), &self.values[e.range.clone()]))
+        entries.map(move |entry| {
+            let mut values = self.values[entry.range.clone()].to_vec();
+            if entry.name == last {
+                values.iter_mut().zip(&standard.mean).for_each(|(bias, mean)| *bias -= mean);
+            }
+            (entry.name.as_str(), entry.shape.as_slice(), values)
+        })
     }
 
     /// Pixels `[pictures, side, side]` in SigLIP's scale → features `[pictures, patches, width]`.
@@ -109,6 +119,28 @@ pub struct TowerWorker(Worker);
 
 fn exported(name: &str) -> bool {
     name.starts_with("vision_model.") && !name.contains("post_layernorm")
+}
+
+/// Mean and reciprocal spread of each channel. A tower's states have a large part in common and differ little from
+/// picture to picture; what is trained behind it sees them standardised. [`super::export`] folds this into the weights
+/// on both sides, so a model folder needs to know nothing of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standard {
+    /// What is taken off.
+    pub mean: Vec<f32>,
+    /// What the rest is multiplied with.
+    pub factor: Vec<f32>,
+}
+
+impl Standard {
+    /// Standardises features `[…, channels]` in place.
+    pub fn apply(&self, features: &mut [f32]) {
+        for row in features.chunks_exact_mut(self.mean.len()) {
+            for ((x, mean), factor) in row.iter_mut().zip(&self.mean).zip(&self.factor) {
+                *x = (*x - mean) * factor;
+            }
+        }
+    }
 }
 
 /// Features on disk, `[views, stills, patches, width]` in f16.
@@ -210,6 +242,30 @@ impl Features {
         }
         bar.finish_and_clear();
         Ok(Self { file, size, stills })
+    }
+
+    /// Mean and spread of each of `channels` channels over the first photographs as they are.
+    pub fn standard(&self, channels: usize) -> anyhow::Result<Standard> {
+        let (mut sums, mut squares) = (vec![0.0f64; channels], vec![0.0f64; channels]);
+        let mut features = vec![0.0; self.size];
+        let stills = self.stills.min(SURVEYED);
+        for still in 0..stills {
+            self.read(0, still, &mut features)?;
+            for row in features.chunks_exact(channels) {
+                for ((sum, square), &x) in sums.iter_mut().zip(&mut squares).zip(row) {
+                    *sum += f64::from(x);
+                    *square += f64::from(x) * f64::from(x);
+                }
+            }
+        }
+        let count = (stills * self.size / channels) as f64;
+        let mean: Vec<f64> = sums.iter().map(|sum| sum / count).collect();
+        let factor = squares.iter().zip(&mean).map(|(square, mean)| {
+            // A channel that never moves is left alone.
+            let variance = square / count - mean * mean;
+            if variance > 1e-8 { (1.0 / variance.sqrt()) as f32 } else { 1.0 }
+        });
+        Ok(Standard { factor: factor.collect(), mean: mean.iter().map(|&m| m as f32).collect() })
     }
 
     /// Reads one picture's features, `[patches, width]`.

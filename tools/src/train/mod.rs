@@ -17,8 +17,11 @@ pub mod parameters;
 pub mod projector;
 pub mod schedule;
 pub mod sft;
+#[cfg(test)]
+mod sft_tests;
 pub mod student;
 pub mod tower;
+pub mod verifier;
 
 use clap::Subcommand;
 
@@ -27,6 +30,8 @@ use clap::Subcommand;
 pub enum TrainCommand {
     /// Tune a vision tower on photographs of faces.
     Tower(tower::TowerArgs),
+    /// Tune a sentence encoder as the verifier.
+    Verifier(verifier::VerifierArgs),
     /// Train the projector, the gate and the decoder on rationales, behind a frozen tower.
     Sft(sft::SftArgs),
 }
@@ -35,6 +40,7 @@ pub enum TrainCommand {
 pub fn run(command: TrainCommand) -> anyhow::Result<()> {
     match command {
         TrainCommand::Tower(args) => tower::run(&args),
+        TrainCommand::Verifier(args) => verifier::run(&args),
         TrainCommand::Sft(args) => sft::run(&args),
     }
 }

@@ -480,6 +480,21 @@ pub fn gated_silu_backward(
     }
 }
 
+/// Dropout in place: every element is kept with probability `1 - rate` and scaled up, or set to zero. Which ones follows
+/// from `seed` alone, so that the same call on the gradient is the backward.
+pub fn dropout(x: &mut [f32], rate: f32, seed: u32) {
+    let bound = (f64::from(rate) * f64::from(u32::MAX)) as u32;
+    let scale = 1.0 / (1.0 - rate);
+    for (i, value) in x.iter_mut().enumerate() {
+        // An integer hash (Wellons' lowbias32).
+        let mut bits = (i as u32).wrapping_add(seed.wrapping_mul(0x9e37_79b9));
+        bits = (bits ^ bits >> 16).wrapping_mul(0x7feb_352d);
+        bits = (bits ^ bits >> 15).wrapping_mul(0x846c_a68b);
+        bits ^= bits >> 16;
+        *value *= if bits < bound { 0.0 } else { scale };
+    }
+}
+
 /// `out = x · weightᵀ` without a bias: x `[rows, in]`, weight `[out, in]`, out `[rows, out]`.
 pub fn project(x: &[f32], rows: usize, weight: &[f32], inputs: usize, out: &mut [f32]) {
     let outputs = weight.len() / inputs;

@@ -103,6 +103,23 @@ impl Plan {
         &self.entries
     }
 
+    /// Lowers the rate of matrices whose values are smaller than those of a common layer, and of their biases, in
+    /// proportion: Adam's steps have one size, which would wreck weights that a folded layer scale has made small.
+    pub fn scale_rates(&mut self, values: &[f32], wanted: impl Fn(&str) -> bool) {
+        /// Deviation of a common layer's weights.
+        const COMMON: f32 = 0.02;
+        let mut factors = HashMap::new();
+        for entry in self.entries.iter().filter(|entry| entry.shape.len() > 1) {
+            let squares: f32 = values[entry.range.clone()].iter().map(|value| value * value).sum();
+            let deviation = (squares / entry.range.len() as f32).sqrt();
+            factors.insert(entry.name.trim_end_matches(".weight").to_owned(), (deviation / COMMON).clamp(0.05, 1.0));
+        }
+        for entry in self.entries.iter_mut().filter(|entry| wanted(&entry.name)) {
+            let layer = entry.name.trim_end_matches(".weight").trim_end_matches(".bias");
+            entry.treatment.rate *= factors.get(layer).copied().unwrap_or(1.0);
+        }
+    }
+
     /// Fills `values` from a safetensors file with the tensors that `wanted` accepts, under the names it gives.
     pub fn load(
         &self,

@@ -353,6 +353,16 @@ impl Projector {
         Self { inputs, width, side, branches: branches.into(), face, gate }
     }
 
+    /// Whether a tensor of this name reads the tower's features: its last dimension is then their channels.
+    pub fn reads_features(name: &str) -> bool {
+        let name = name.strip_prefix("model.mm_projector.").unwrap_or_default();
+        let first = |branch: &str| {
+            let block = name.strip_prefix(branch).unwrap_or_default();
+            block == ".b1.conv1.conv.weight" || block == ".b1.downsample.conv.weight"
+        };
+        name == "mlp_2xgelu_face.0.weight" || first("s1_video") || first("s1_body")
+    }
+
     /// A tensor of the plan in the shape and order of the published checkpoints: the 2×2×2 convolutions are kept with
     /// their channels innermost, files have them outermost.
     pub fn checkpoint_layout(name: &str, shape: &[usize], values: &[f32]) -> (Vec<usize>, Vec<f32>) {

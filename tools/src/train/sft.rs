@@ -7,7 +7,7 @@ use super::curves::RunLog;
 use super::decoder::DecoderSize;
 use super::export::{self, Export};
 use super::faces::{CUES, Faces};
-use super::features::{Features, FrozenTower};
+use super::features::{Features, FrozenTower, Standard};
 use super::gate_text::InstructionEncoder;
 use super::optimiser::AdamW;
 use super::schedule::{Decay, Schedule};
@@ -246,6 +246,7 @@ struct Setting<'a> {
     rationales: Rationales,
     train: Faces,
     features: Features,
+    standard: Standard,
     weights: LossWeights,
 }
 
@@ -272,6 +273,7 @@ impl Setting<'_> {
                     features.resize(start + size, 0.0);
                     let own = &mut features[start..];
                     self.features.read(view, one.still, own)?;
+                    self.standard.apply(own);
                     add_noise(own, self.args.noise, &mut rng);
                 }
                 clips.push(one.clip.iter().map(|frame| base + frame).collect());
@@ -371,7 +373,8 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
     checkpoint::resume(&state_path, &recipe, &mut values, &mut optimiser)?;
     let weights = LossWeights { label: args.label_weight, fast: args.fast_weight, helper: args.helper_weight };
     let state = encoder.state(&instruction)?;
-    let setting = Setting { args, student, prompt, state, rationales, train, features, weights };
+    let standard = features.standard(size.channels)?;
+    let setting = Setting { args, student, prompt, state, rationales, train, features, standard, weights };
 
     let mut log = RunLog::open(&args.out, optimiser.steps, total)?;
     log.say(&format!("{} parameters, {total} steps, {} done", setting.student.plan.len(), optimiser.steps));
@@ -444,6 +447,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
         name: &args.name,
         student: &setting.student,
         values: &values,
+        standard: &setting.standard,
         tower: &tower,
         encoder: &encoder,
         prompt: &setting.prompt,
@@ -482,6 +486,7 @@ fn validate(
                 let mut pixels = vec![0.0; indices.len() * size];
                 for (out, &index) in pixels.chunks_exact_mut(size).zip(indices) {
                     features.read(0, index, out)?;
+                    setting.standard.apply(out);
                 }
                 let clips: Vec<Vec<usize>> = (0..indices.len()).map(|i| vec![i; student.size.frames]).collect();
                 let tokens: Vec<&Tokens> = indices.iter().map(|&i| &answers[usize::from(val.labels[i])]).collect();

@@ -4,6 +4,7 @@
 use super::decoder::{Decoder, DecoderBuffers, DecoderSize, Target};
 use super::encoder::Affine;
 use super::faces::{CLASSES, CUES};
+use super::features::Standard;
 use super::layers::{Fork, accumulate, fit};
 use super::ops;
 use super::parameters::Plan;
@@ -452,13 +453,19 @@ impl Student {
         buffers.projector.tokens()
     }
 
-    /// The tensors that a model folder needs, under their published names, shapes and order.
-    pub fn tensors(&self, values: &[f32]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    /// The tensors that a model folder needs, under their published names, shapes and order, for features that are not
+    /// multiplied with the standard's factors.
+    pub fn tensors(&self, values: &[f32], standard: &Standard) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let entries = self.plan.entries().iter().filter(|entry| entry.name.starts_with("model."));
         entries
             .map(|entry| {
-                let own = &values[entry.range.clone()];
-                let (shape, own) = Projector::checkpoint_layout(&entry.name, &entry.shape, own);
+                let mut own = values[entry.range.clone()].to_vec();
+                if Projector::reads_features(&entry.name) {
+                    for row in own.chunks_exact_mut(standard.factor.len()) {
+                        row.iter_mut().zip(&standard.factor).for_each(|(weight, factor)| *weight *= factor);
+                    }
+                }
+                let (shape, own) = Projector::checkpoint_layout(&entry.name, &entry.shape, &own);
                 (entry.name.clone(), shape, own)
             })
             .collect()

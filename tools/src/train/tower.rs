@@ -35,9 +35,11 @@ const WARM_UP: u64 = 60;
 /// Largest norm of a step's gradient.
 const CLIP: f32 = 1.0;
 /// Factor on the learning rate of the label head, which starts from nothing.
-const LABEL_RATE: f32 = 5.0;
+const LABEL_RATE: f32 = 16.0;
 /// Factor on the learning rate of the cue head: so many inputs move together that larger steps would shake the tower.
-const CUES_RATE: f32 = 0.3;
+const CUES_RATE: f32 = 1.0;
+/// Photographs whose features the heads' inputs are standardised by.
+const STANDARD_COUNT: usize = 768;
 /// Steps between two validations.
 const VALIDATE_EVERY: u64 = 100;
 /// Time between two checkpoints.
@@ -86,7 +88,7 @@ pub struct TowerArgs {
     #[arg(long, default_value_t = 6e-5)]
     rate: f32,
     /// Factor on the learning rate from each layer to the one below.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 0.9)]
     layer_decay: f32,
     /// Weight decay.
     #[arg(long, default_value_t = 0.05)]
@@ -151,6 +153,67 @@ pub(super) struct Tower {
     norm: Affine,
     label: Affine,
     cues: Affine,
+    label_standard: Standard,
+    cue_standard: Standard,
+}
+
+/// Brings a head's inputs to mean 0 and deviation 1, as the untuned tower gives them: between faces they vary little
+/// about a large common part, from which a head would learn slowly while the tower drifts. Fixed during training,
+/// folded into the head when it is written.
+#[derive(Clone)]
+struct Standard {
+    mean: Vec<f32>,
+    scale: Vec<f32>,
+}
+
+impl Standard {
+    fn none(width: usize) -> Self {
+        Self { mean: vec![0.0; width], scale: vec![1.0; width] }
+    }
+
+    /// From rows `[n, width]`.
+    fn of(rows: &[f32], width: usize) -> Self {
+        let n = (rows.len() / width).max(1) as f32;
+        let (mut mean, mut deviation) = (vec![0.0; width], vec![0.0; width]);
+        for row in rows.chunks_exact(width) {
+            mean.iter_mut().zip(row).for_each(|(sum, x)| *sum += x / n);
+        }
+        for row in rows.chunks_exact(width) {
+            for ((sum, x), mean) in deviation.iter_mut().zip(row).zip(&mean) {
+                *sum += (x - mean) * (x - mean) / n;
+            }
+        }
+        deviation.iter_mut().for_each(|variance| *variance = variance.sqrt());
+        // An input that never varies must not be blown up.
+        let least = (0.1 * deviation.iter().sum::<f32>() / width as f32).max(1e-6);
+        Self { mean, scale: deviation.iter().map(|deviation| 1.0 / deviation.max(least)).collect() }
+    }
+
+    fn apply(&self, rows: &mut [f32]) {
+        for row in rows.chunks_exact_mut(self.mean.len()) {
+            for ((x, mean), scale) in row.iter_mut().zip(&self.mean).zip(&self.scale) {
+                *x = (*x - mean) * scale;
+            }
+        }
+    }
+
+    fn backward(&self, gradients: &mut [f32]) {
+        for row in gradients.chunks_exact_mut(self.scale.len()) {
+            row.iter_mut().zip(&self.scale).for_each(|(g, scale)| *g *= scale);
+        }
+    }
+
+    /// The head on plain inputs that equals `head` on standardised ones.
+    fn fold(&self, values: &mut [f32], head: &Affine) {
+        let width = self.mean.len();
+        let (weight, bias) = two(values, &head.weight, &head.bias);
+        for (row, bias) in weight.chunks_exact_mut(width).zip(bias) {
+            for ((w, mean), scale) in row.iter_mut().zip(&self.mean).zip(&self.scale) {
+                *w *= scale;
+                *bias -= *w * mean;
+            }
+        }
+    }
 }
 
 /// Fixed maps of one picture size.
@@ -289,7 +352,9 @@ impl Tower {
         let norm = Affine::norm(&mut plan, "vision_model.post_layernorm", width, 1.0);
         let label = Affine::projection(&mut plan, "heads.label", CLASSES, width, LABEL_RATE);
         let cues = Affine::projection(&mut plan, "heads.cues", CUES, CELLS * CELLS * width, CUES_RATE);
-        Ok(Self { config, plan, patch: Affine { weight, bias }, positions, encoder, norm, label, cues })
+        let (label_standard, cue_standard) = (Standard::none(width), Standard::none(CELLS * CELLS * width));
+        let patch = Affine { weight, bias };
+        Ok(Self { config, plan, patch, positions, encoder, norm, label, cues, label_standard, cue_standard })
     }
 
     /// Parameters from the base's file. The heads start small and random; the last norm starts as none, since the
@@ -304,6 +369,44 @@ impl Tower {
             values[range.clone()].iter_mut().for_each(|value| *value = rng.random_range(-0.01..0.01));
         }
         Ok(values)
+    }
+
+    /// Fits the body's rates to its initial weights; the heads keep theirs.
+    fn scale_rates(&mut self, values: &[f32]) {
+        self.plan.scale_rates(values, |name| name.starts_with("vision_model."));
+    }
+
+    /// Measures the heads' inputs on the first photographs.
+    fn standardise(&mut self, values: &[f32], faces: &Faces, geometry: &Geometry, workers: &mut [Worker]) {
+        let indices: Vec<usize> = (0..STANDARD_COUNT.min(faces.len())).collect();
+        let share = indices.len().div_ceil(workers.len());
+        let tower = &*self;
+        let rows: Vec<(Vec<f32>, Vec<f32>)> = workers
+            .par_iter_mut()
+            .zip(indices.par_chunks(share))
+            .map(|(worker, indices)| {
+                let (mut pooled, mut cells) = (Vec::new(), Vec::new());
+                for indices in indices.chunks(MICRO_BATCH) {
+                    tower.look(values, geometry, faces, indices, worker);
+                    pooled.extend_from_slice(&worker.pooled);
+                    cells.extend_from_slice(&worker.cells[..indices.len() * tower.cue_standard.mean.len()]);
+                }
+                (pooled, cells)
+            })
+            .collect();
+        let (pooled, cells): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        self.label_standard = Standard::of(&pooled.concat(), self.label_standard.mean.len());
+        self.cue_standard = Standard::of(&cells.concat(), self.cue_standard.mean.len());
+    }
+
+    /// [`Tower::forward`] of photographs as they are.
+    fn look(&self, values: &[f32], geometry: &Geometry, faces: &Faces, indices: &[usize], worker: &mut Worker) {
+        let area = geometry.side * geometry.side;
+        worker.pixels.resize(indices.len() * area, 0.0);
+        for (index, out) in indices.iter().zip(worker.pixels.chunks_exact_mut(area)) {
+            geometry.enlarger.exact(faces.image(*index), out);
+        }
+        self.forward(values, geometry, indices.len(), worker);
     }
 
     /// Weight of the patch embedding for grey pictures: the sum over its three channels, `[width, patch²]`.
@@ -371,6 +474,8 @@ impl Tower {
             let (map, normal) = (Matrix::new(&geometry.cells, patches), Matrix::new(normal, width));
             ops::multiply_exact(out, width, cells, width, patches, map, normal, false);
         }
+        self.label_standard.apply(&mut worker.pooled);
+        self.cue_standard.apply(&mut worker.cells);
         worker.logits.resize(count * CLASSES, 0.0);
         worker.cues.resize(count * CUES, 0.0);
         self.label.linear(values, &worker.pooled, count, &mut worker.logits);
@@ -387,6 +492,8 @@ impl Tower {
         let (pooled, spread) = (&mut worker.pooled_gradient, &mut worker.cells_gradient);
         self.label.linear_backward(values, gradients, &worker.pooled, count, &worker.logits, Some(pooled));
         self.cues.linear_backward(values, gradients, &worker.cells, count, &worker.cues, Some(spread));
+        self.label_standard.backward(pooled);
+        self.cue_standard.backward(spread);
         worker.normal_gradient.resize(rows * width, 0.0);
         for (index, out) in worker.normal_gradient.chunks_exact_mut(patches * width).enumerate() {
             let pooled = &worker.pooled_gradient[index * width..][..width];
@@ -517,12 +624,7 @@ fn validate(
         .map(|(worker, indices)| {
             let (mut logits, mut cues) = (Vec::new(), Vec::new());
             for indices in indices.chunks(MICRO_BATCH) {
-                let area = geometry.side * geometry.side;
-                worker.pixels.resize(indices.len() * area, 0.0);
-                for (index, out) in indices.iter().zip(worker.pixels.chunks_exact_mut(area)) {
-                    geometry.enlarger.exact(faces.image(*index), out);
-                }
-                tower.forward(values, geometry, indices.len(), worker);
+                tower.look(values, geometry, faces, indices, worker);
                 logits.extend_from_slice(&worker.logits[..indices.len() * CLASSES]);
                 cues.extend_from_slice(&worker.cues[..indices.len() * CUES]);
             }
@@ -580,7 +682,7 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
     let config_path = args.base.join("config.json");
     let text = std::fs::read_to_string(&config_path).with_context(|| format!("{}", config_path.display()))?;
     let config: TowerConfig = serde_json::from_str(&text).with_context(|| format!("{}", config_path.display()))?;
-    let tower =
+    let mut tower =
         Tower::new(config, args.layers, args.layer_decay).with_context(|| format!("{}", config_path.display()))?;
     let train = Faces::open(&args.faces, "train")?;
     let val = Faces::open(&args.faces, "val")?;
@@ -604,14 +706,18 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
     );
     let schedule = Schedule { peak: args.rate, warm_up: WARM_UP, total, decay: Decay::Cosine };
     let mut values = tower.initial(&only_safetensors(&args.base)?, args.seed)?;
+    tower.scale_rates(&values);
     let mut optimiser = AdamW::new(&tower.plan, args.weight_decay);
+    let mut workers: Vec<Worker> = (0..args.threads).map(|_| Worker::default()).collect();
+    if let Some(stage) = args.stages.first() {
+        tower.standardise(&values, &train, &Geometry::new(&tower.config, stage.side)?, &mut workers);
+    }
     let state = args.out.join("state.safetensors");
     checkpoint::resume(&state, &recipe, &mut values, &mut optimiser)?;
 
     let stop = stop_on_interrupt();
     let mut log = RunLog::open(&args.out, optimiser.steps, total)?;
     log.say(&format!("{} parameters, {total} steps, {} done", tower.plan.len(), optimiser.steps));
-    let mut workers: Vec<Worker> = (0..args.threads).map(|_| Worker::default()).collect();
     let mut gradients = vec![vec![0.0; tower.plan.len()]; args.threads];
     let mut order = Order::new(args.seed, train.len());
     let mut saved = Instant::now();
@@ -699,7 +805,10 @@ fn write_tower(tower: &Tower, values: &[f32], folder: &Path) -> anyhow::Result<(
     let body =
         tower.plan.tensors(values, DType::F32, |name| name.starts_with("vision_model.").then(|| name.to_owned()))?;
     checkpoint::write_tensors(&folder.join("model.safetensors"), &body)?;
-    let heads = tower.plan.tensors(values, DType::F32, |name| name.starts_with("heads.").then(|| name.to_owned()))?;
+    let mut values = values.to_vec();
+    tower.label_standard.fold(&mut values, &tower.label);
+    tower.cue_standard.fold(&mut values, &tower.cues);
+    let heads = tower.plan.tensors(&values, DType::F32, |name| name.starts_with("heads.").then(|| name.to_owned()))?;
     checkpoint::write_tensors(&folder.join("heads.safetensors"), &heads)?;
     let config = &tower.config;
     let config = json!({
@@ -762,11 +871,11 @@ mod tests {
     fn faces(count: usize) -> Faces {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("faces.safetensors");
-        candle_core::safetensors::save(&tensors(count), &path).unwrap();
+        candle_core::safetensors::save(&tensors_of_faces(count), &path).unwrap();
         Faces::open(&path, "train").unwrap()
     }
 
-    fn tensors(count: usize) -> HashMap<String, Tensor> {
+    fn tensors_of_faces(count: usize) -> HashMap<String, Tensor> {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut all = HashMap::new();
         for part in ["train", "val"] {
@@ -786,10 +895,11 @@ mod tests {
     /// The whole chain, from pixels to losses, against finite differences, at both grids.
     #[test]
     fn gradients_equal_finite_differences() {
-        let tower = Tower::new(config(), 2, 0.9).unwrap();
+        let mut tower = Tower::new(config(), 2, 0.9).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let mut values = random(tower.plan.len(), 0.4, &mut rng);
         let faces = faces(3);
+        tower.label_standard = Standard::of(&random(10 * 12, 0.5, &mut rng), 12);
         let share = Share { batch: 3, valid: 2, smoothing: 0.1, cue_weight: 0.7 };
         for side in [84, 112] {
             let geometry = Geometry::new(&tower.config, side).unwrap();
@@ -805,5 +915,141 @@ mod tests {
             tower.backward(&values, &mut gradients, &geometry, 3, &mut worker);
             check_gradients(&tower.plan, &mut values, &gradients, |values| loss(values, &mut worker));
         }
+    }
+
+    /// A run folder with a small base and faces; returns the command's arguments for it.
+    fn small_run(folder: &Path, out: &str, more: &[&str]) -> TowerArgs {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: TowerArgs,
+        }
+        let base = folder.join("base");
+        if !base.exists() {
+            std::fs::create_dir(&base).unwrap();
+            let tower = Tower::new(config(), 2, 1.0).unwrap();
+            let values = random(tower.plan.len(), 0.1, &mut ChaCha8Rng::seed_from_u64(2));
+            let body = |name: &str| name.starts_with("vision_model.").then(|| name.to_owned());
+            let tensors = tower.plan.tensors(&values, DType::F16, body).unwrap();
+            checkpoint::write_tensors(&base.join("base.safetensors"), &tensors).unwrap();
+            let config = json!({"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
+                "intermediate_size": 20, "image_size": 112, "patch_size": 14, "hidden_act": "gelu",
+                "layer_norm_eps": 1e-6});
+            std::fs::write(base.join("config.json"), config.to_string()).unwrap();
+            candle_core::safetensors::save(&tensors_of_faces(70), folder.join("faces.safetensors")).unwrap();
+        }
+        let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        let line = ["tower", "--faces", &path("faces.safetensors"), "--base", &path("base"), "--out", &path(out)];
+        let fixed = ["--stages", "56:2.0,84:2.0", "--layers", "2"];
+        clap::Parser::try_parse_from(line.iter().chain(&fixed).chain(more)).map(|line: Line| line.args).unwrap()
+    }
+
+    #[test]
+    fn a_run_cut_off_goes_on_to_the_same_result() {
+        let folder = tempfile::tempdir().unwrap();
+        run(&small_run(folder.path(), "whole", &[])).unwrap();
+        let stopped = run(&small_run(folder.path(), "cut", &["--stop-after", "1"])).unwrap_err();
+        assert!(stopped.to_string().contains("stopped at step 1 of 4"), "{stopped}");
+        run(&small_run(folder.path(), "cut", &["--stop-after", "3"])).unwrap_err();
+        run(&small_run(folder.path(), "cut", &[])).unwrap();
+        for file in ["tower/model.safetensors", "tower/heads.safetensors", "tower/config.json"] {
+            let bytes = |run: &str| std::fs::read(folder.path().join(run).join(file)).unwrap();
+            assert_eq!(bytes("whole"), bytes("cut"), "{file}");
+        }
+        let metrics = std::fs::read_to_string(folder.path().join("cut/metrics.jsonl")).unwrap();
+        let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
+        assert_eq!(steps, 4, "each step stands once in the log");
+        assert!(folder.path().join("cut/curves.svg").exists());
+        // Another recipe must not go on from this state.
+        let foreign = run(&small_run(folder.path(), "cut", &["--seed", "9"])).unwrap_err();
+        assert!(foreign.to_string().contains("is no state of this training"), "{foreign}");
+    }
+
+    #[test]
+    fn a_base_of_another_shape_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = small_run(folder.path(), "run", &[]);
+        let path = folder.path().join("base/config.json");
+        let good = std::fs::read_to_string(&path).unwrap();
+        for (from, to, wanted) in [
+            ("\"hidden_size\":12", "\"hidden_size\":15", "patch_embedding"),
+            ("\"hidden_size\":12", "\"hidden_size\":0", "a size is zero"),
+            ("\"hidden_size\":12", "\"hidden_size\":13", "not divisible"),
+            ("\"image_size\":112", "\"image_size\":7", "smaller than patch_size"),
+            ("\"num_hidden_layers\":2", "\"num_hidden_layers\":1", "2 layers are asked for"),
+            ("\"gelu\"", "\"relu\"", "hidden_act"),
+            ("{", "", "config.json"),
+        ] {
+            assert!(good.contains(from));
+            std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
+            let error = format!("{:#}", run(&args).unwrap_err());
+            assert!(error.contains(wanted), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn faces_of_another_layout_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("faces.safetensors");
+        let tensor = |values: Vec<f32>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        let cases: [(&str, Option<Tensor>, &str); 6] = [
+            ("train.images", None, "there is no such tensor"),
+            ("train.images", Some(tensor(vec![0.0; 5 * 48 * 48], &[5, 48, 48])), "its type is F32"),
+            ("train.labels", Some(Tensor::from_vec(vec![0u8; 4], 4, &Device::Cpu).unwrap()), "it has 4 rows"),
+            ("train.labels", Some(Tensor::from_vec(vec![7u8; 5], 5, &Device::Cpu).unwrap()), "has label 7"),
+            ("train.cues", Some(tensor(vec![0.0; 40], &[5, 8])), "its shape is [5, 8]"),
+            (
+                "train.images",
+                Some(Tensor::zeros((0, 48, 48), candle_core::DType::U8, &Device::Cpu).unwrap()),
+                "holds no",
+            ),
+        ];
+        for (name, tensor, wanted) in cases {
+            let mut tensors = tensors_of_faces(5);
+            tensors.remove(name);
+            tensors.extend(tensor.map(|tensor| (name.to_owned(), tensor)));
+            candle_core::safetensors::save(&tensors, &path).unwrap();
+            let error = Faces::open(&path, "train").err().map(|error| error.to_string()).unwrap();
+            assert!(error.contains(wanted), "{name}: {error}");
+        }
+        std::fs::write(&path, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
+        assert!(Faces::open(&path, "train").is_err());
+    }
+
+    #[test]
+    fn a_folded_head_equals_the_head_on_standardised_inputs() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut plan = Plan::default();
+        let head = Affine::projection(&mut plan, "head", 3, 5, 1.0);
+        let mut values = random(plan.len(), 1.0, &mut rng);
+        let standard = Standard::of(&random(20 * 5, 2.0, &mut rng), 5);
+        let x = random(2 * 5, 2.0, &mut rng);
+        let (mut standardised, mut wanted, mut folded) = (x.clone(), [0.0; 6], [0.0; 6]);
+        standard.apply(&mut standardised);
+        head.linear(&values, &standardised, 2, &mut wanted);
+        standard.fold(&mut values, &head);
+        head.linear(&values, &x, 2, &mut folded);
+        assert!(wanted.iter().zip(folded).all(|(a, b)| (a - b).abs() < 1e-5), "{wanted:?} {folded:?}");
+    }
+
+    #[test]
+    fn stages_are_read_or_refused() {
+        assert_eq!("84:1.5".parse(), Ok(Stage { side: 84, passes: 1.5 }));
+        for text in ["84", "84:x", "40:1", "84:-1", "84:NaN", "4000:1", ":"] {
+            assert!(text.parse::<Stage>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn grids_are_mapped_without_loss() {
+        for (from, to) in [(8, 6), (8, 8), (6, 4), (9, 4)] {
+            for map in [interpolation(from, to), overlap(from, to)] {
+                for row in map.chunks_exact(from) {
+                    assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{from} to {to}: {row:?}");
+                }
+            }
+        }
+        let same = interpolation(8, 8);
+        assert!((0..64).all(|i| same[i] == f32::from(u8::from(i / 8 == i % 8))));
     }
 }

@@ -1,6 +1,8 @@
 //! The command line: `candor --help` explains itself. One file a subcommand.
 #![forbid(unsafe_code)]
 
+mod trace;
+
 use clap::{Parser, Subcommand};
 
 /// Says which emotion a camera sees and why, and presents only a reason it has verified.
@@ -12,9 +14,13 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Trace(trace::Trace),
+}
 
 fn main() -> anyhow::Result<()> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    match Cli::parse().command {}
+    match Cli::parse().command {
+        Command::Trace(args) => trace::run(&args),
+    }
 }

@@ -1,0 +1,65 @@
+//! `candor trace`: the stages of a model on given tensors.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use candor::model::trace::{Output, Values, trace_classifier, trace_model};
+use candor::model::{Classifier, Model};
+use candor::weights::Checkpoint;
+use candor_kernels::cpu::CpuDevice;
+use clap::Args;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// Run the stages of a model on given tensors and write what each gives (for porting and bug reports).
+///
+/// The input holds any of in.pixel_values, in.mel, in.bert_ids and in.prompt_ids; stages without input are left out.
+#[derive(Args)]
+pub(crate) struct Trace {
+    /// Model folder.
+    #[arg(long, required_unless_present = "verifier")]
+    model: Option<PathBuf>,
+    /// Verifier folder: classifies in.ids and writes out.logits.
+    #[arg(long, conflicts_with = "model")]
+    verifier: Option<PathBuf>,
+    /// Safetensors file with the inputs.
+    #[arg(long)]
+    inputs: PathBuf,
+    /// Safetensors file to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Tokens to generate greedily behind the prompt.
+    #[arg(long, default_value_t = 8)]
+    new_tokens: usize,
+    /// Threads (default: one a core).
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
+    let device = CpuDevice::new(args.threads);
+    let inputs = Checkpoint::open_file(&args.inputs)?;
+    let outputs = match (&args.model, &args.verifier) {
+        (Some(folder), _) => {
+            let mut model = Model::open(folder, device)?;
+            trace_model(&mut model, &inputs, args.new_tokens)?
+        }
+        (None, Some(folder)) => trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?,
+        (None, None) => anyhow::bail!("give --model or --verifier"),
+    };
+    write(&outputs, &args.out)
+}
+
+fn write(outputs: &[Output], path: &std::path::Path) -> anyhow::Result<()> {
+    let bytes: Vec<Vec<u8>> = outputs.iter().map(Output::bytes).collect();
+    let mut views = Vec::new();
+    for (output, bytes) in outputs.iter().zip(&bytes) {
+        let dtype = match output.values {
+            Values::F32(_) => Dtype::F32,
+            Values::I64(_) => Dtype::I64,
+        };
+        println!("{:20} {dtype:?}{:?}", output.name, output.shape);
+        views.push((output.name, TensorView::new(dtype, output.shape.clone(), bytes)?));
+    }
+    safetensors::serialize_to_file(views, None, path).with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,402 @@
+//! What is done about rationales that their verifier does not bear out.
+//!
+//! Stands between [`crate::text`], which writes a completion, and [`crate::verify`], which reads it. *Guide* is verified
+//! decoding: each sentence is read the moment it ends, and one that contradicts the fast answer is rolled back in the
+//! key-value cache and written again, so a wrong turn costs a sentence and not a completion.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use crate::manifest::Answer;
+use crate::model::LanguageModel;
+use crate::observation::PolicyRecord;
+use crate::text::automaton::THINK_OPEN;
+use crate::text::{
+    Checkpoint, Completion, GenerateError, Generator, Grammar, LabelProbabilities, LabelScorer, LabelSearch, Passage,
+    Phase, Sampler, Sampling,
+};
+use crate::verify::reward::explanation_reward_of_labels;
+use crate::verify::sentences::finished_sentence;
+use crate::verify::verdict::{read_sentences, supports};
+use crate::verify::{Assessment, Emotion, Reading, SentenceClassifier, Verdict, VerifierError};
+
+/// Most times that `retry` and `guide` write anything again.
+const MOST_AGAIN: usize = 64;
+
+/// A completion that is sampled again is drawn at least this warm: at 0 it would come out the same.
+const RETRY_TEMPERATURE: f32 = 0.7;
+
+/// What to do about a rationale that is not verified.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Give it with its verdict.
+    #[default]
+    Annotate,
+    /// Write the completion again, at most this often, until one is verified; give the best.
+    Retry(usize),
+    /// Write each sentence that contradicts the fast answer again, at most this often; keep the least bad.
+    Guide(usize),
+    /// Keep it back and give the label alone.
+    Withhold,
+}
+
+/// Not the name of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a policy; there are annotate, retry:N, guide:N (N from 1 to {MOST_AGAIN}) and withhold")]
+pub struct ParsePolicyError(String);
+
+impl FromStr for Policy {
+    type Err = ParsePolicyError;
+
+    fn from_str(text: &str) -> Result<Self, ParsePolicyError> {
+        let again = |n: &str| n.parse().ok().filter(|n| (1..=MOST_AGAIN).contains(n));
+        let policy = match text.split_once(':') {
+            None if text == "annotate" => Some(Policy::Annotate),
+            None if text == "withhold" => Some(Policy::Withhold),
+            Some(("retry", n)) => again(n).map(Policy::Retry),
+            Some(("guide", n)) => again(n).map(Policy::Guide),
+            _ => None,
+        };
+        policy.ok_or_else(|| ParsePolicyError(text.to_string()))
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        match self.n() {
+            Some(n) => write!(formatter, "{}:{n}", self.name()),
+            None => formatter.write_str(self.name()),
+        }
+    }
+}
+
+impl Policy {
+    /// Its name in observations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Annotate => "annotate",
+            Policy::Retry(_) => "retry",
+            Policy::Guide(_) => "guide",
+            Policy::Withhold => "withhold",
+        }
+    }
+
+    fn n(self) -> Option<usize> {
+        match self {
+            Policy::Retry(n) | Policy::Guide(n) => Some(n),
+            Policy::Annotate | Policy::Withhold => None,
+        }
+    }
+}
+
+/// Why no reason could be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// Generation failed.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// Verification failed.
+    #[error(transparent)]
+    Verifier(#[from] VerifierError),
+}
+
+/// Everything but the models that a completion depends on.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    /// The output format.
+    pub grammar: &'a Grammar,
+    /// Scores the grammar's labels.
+    pub scorer: &'a LabelScorer,
+    /// How far to look for labels' spellings.
+    pub search: LabelSearch,
+    /// The emotion of each of the grammar's labels.
+    pub emotions: &'a [Emotion],
+    /// The probabilities before the rationale.
+    pub fast: &'a LabelProbabilities,
+    /// Which probabilities decide the label.
+    pub answer: Answer,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+/// A completion, verified.
+#[derive(Debug)]
+pub struct Reason {
+    /// What was written in the end.
+    pub completion: Completion,
+    /// The probabilities after the rationale.
+    pub after: LabelProbabilities,
+    /// Index of the label in the grammar's label set.
+    pub label: usize,
+    /// The rationale held against that label.
+    pub assessment: Assessment,
+    /// What the policy did.
+    pub record: PolicyRecord,
+    /// Tokens written and thrown away.
+    pub extra_tokens: usize,
+    /// Time spent on reading sentences.
+    pub verify_time: Duration,
+    /// Time spent on the probabilities after the rationale.
+    pub probabilities_time: Duration,
+}
+
+/// Writes a completion behind the prompt in the model's cache, reads its sentences, and applies the policy. The cache
+/// keeps what was written.
+pub fn write_reason<M: LanguageModel + ?Sized>(
+    policy: Policy,
+    task: &Task<'_>,
+    model: &mut M,
+    verifier: &mut impl SentenceClassifier,
+) -> Result<Reason, PolicyError> {
+    let mut verifier = Timed { inner: verifier, spent: Duration::ZERO };
+    let prompt = model.position();
+    let mut best = attempt(policy, task, task.sampling, model, &mut verifier)?;
+    let (mut resampled, mut written, mut probabilities_time) =
+        (best.resampled, best.completion.tokens_written, best.probabilities_time);
+    if let Policy::Retry(n) = policy {
+        while best.assessment.verdict != Verdict::Verified && resampled < n {
+            resampled += 1;
+            model.truncate(prompt).map_err(GenerateError::from)?;
+            let Sampling { temperature, top_p, seed } = task.sampling;
+            // The golden ratio's bits keep the attempts of one seed apart from the first attempts of its neighbours.
+            let seed = seed.wrapping_add((resampled as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            let sampling = Sampling { temperature: temperature.max(RETRY_TEMPERATURE), top_p, seed };
+            let other = attempt(policy, task, sampling, model, &mut verifier)?;
+            written += other.completion.tokens_written;
+            probabilities_time += other.probabilities_time;
+            if other.worth() > best.worth() {
+                best = other;
+            }
+        }
+    }
+    let withheld = policy == Policy::Withhold && best.assessment.verdict != Verdict::Verified;
+    Ok(Reason {
+        extra_tokens: written - best.completion.tokens.len(),
+        completion: best.completion,
+        after: best.after,
+        label: best.label,
+        assessment: best.assessment,
+        record: PolicyRecord { name: policy.name().to_string(), n: policy.n(), resampled, withheld },
+        verify_time: verifier.spent,
+        probabilities_time,
+    })
+}
+
+/// One completion and what it is worth.
+struct Attempt {
+    completion: Completion,
+    after: LabelProbabilities,
+    label: usize,
+    assessment: Assessment,
+    reward: f32,
+    resampled: usize,
+    probabilities_time: Duration,
+}
+
+impl Attempt {
+    /// Higher is better: by the verdict (no reason is better than a contradicting one), then by the explanation reward.
+    fn worth(&self) -> (u8, f32) {
+        let verdict = match self.assessment.verdict {
+            Verdict::Verified => 3,
+            Verdict::Mixed => 2,
+            Verdict::Empty => 1,
+            Verdict::Contradicted => 0,
+        };
+        (verdict, self.reward)
+    }
+}
+
+fn attempt<M: LanguageModel + ?Sized>(
+    policy: Policy,
+    task: &Task<'_>,
+    sampling: Sampling,
+    model: &mut M,
+    verifier: &mut impl SentenceClassifier,
+) -> Result<Attempt, PolicyError> {
+    let sampler = Sampler::new(sampling).map_err(GenerateError::from)?;
+    let mut generator = Generator::new(model, task.grammar, sampler)?;
+    let guided = match policy {
+        Policy::Guide(n) => {
+            let emotion = task.emotions[task.fast.best()];
+            Some(Guide::new(&generator, emotion, n, sampling.temperature == 0.0).run(&mut generator, verifier)?)
+        }
+        _ => None,
+    };
+    while !matches!(generator.phase(), Phase::Label | Phase::Complete) && generator.step()?.is_some() {}
+    let scoring = Instant::now();
+    let after = generator.label_probabilities(task.scorer, &task.search)?;
+    let probabilities_time = scoring.elapsed();
+    let completion = generator.finish()?;
+    let (readings, resampled) = match guided {
+        Some(guided) => guided,
+        None => (read_sentences(&completion.rationale, verifier)?, 0),
+    };
+    let label = match task.answer {
+        Answer::Fast => task.fast.best(),
+        Answer::After => after.best(),
+    };
+    let emotion = task.emotions[label];
+    let labels: Vec<_> = readings.iter().map(|reading| reading.labels.clone()).collect();
+    let reward = explanation_reward_of_labels(&labels, emotion);
+    let assessment = Assessment::new(readings, emotion);
+    Ok(Attempt { completion, after, label, assessment, reward, resampled, probabilities_time })
+}
+
+/// A token border in the rationale.
+#[derive(Clone)]
+struct Mark {
+    /// Bytes of the rationale before it.
+    length: usize,
+    checkpoint: Checkpoint,
+}
+
+impl Mark {
+    fn here<M: LanguageModel + ?Sized>(generator: &Generator<'_, M>) -> Mark {
+        Mark { length: generator.rationale().len(), checkpoint: generator.checkpoint() }
+    }
+}
+
+/// Where a unit ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// At one of its marks.
+    Mark(usize),
+    /// With the rationale.
+    Rationale,
+}
+
+/// A unit that contradicts, kept in case no other is better.
+struct Candidate {
+    badness: f32,
+    passage: Passage,
+    marks: Vec<Mark>,
+    end: End,
+    readings: Vec<Reading>,
+}
+
+/// Verified decoding. It goes by *units*: stretches of the rationale from one token border at a sentence's end to the
+/// next. With nearly every tokenizer a unit is a sentence; where a token reaches over the end of one, it holds the next
+/// sentence as well.
+struct Guide {
+    emotion: Emotion,
+    /// Most times that a unit is written again.
+    n: usize,
+    /// Whether a unit must begin with another token to come out differently.
+    greedy: bool,
+    /// Token borders of the unit being written; the first is its beginning.
+    marks: Vec<Mark>,
+    tries: usize,
+    best: Option<Candidate>,
+    resampled: usize,
+    readings: Vec<Reading>,
+}
+
+impl Guide {
+    fn new<M: LanguageModel + ?Sized>(generator: &Generator<'_, M>, emotion: Emotion, n: usize, greedy: bool) -> Guide {
+        let marks = vec![Mark::here(generator)];
+        Guide { emotion, n, greedy, marks, tries: 0, best: None, resampled: 0, readings: Vec::new() }
+    }
+
+    /// Writes the rationale to its end. Gives the readings of its sentences, and how often one was written again.
+    fn run<M: LanguageModel + ?Sized>(
+        mut self,
+        generator: &mut Generator<'_, M>,
+        verifier: &mut impl SentenceClassifier,
+    ) -> Result<(Vec<Reading>, usize), PolicyError> {
+        loop {
+            let Some((mut end, unit)) = self.unit(generator) else {
+                self.step(generator)?;
+                continue;
+            };
+            let mut readings = read_sentences(unit, verifier)?;
+            if let Some(badness) = self.badness(&readings) {
+                let passage = generator.passage(&self.marks[0].checkpoint)?;
+                let candidate = Candidate { badness, passage, marks: self.marks.clone(), end, readings };
+                let best = match self.best.take() {
+                    Some(best) if best.badness <= badness => best,
+                    _ => candidate,
+                };
+                if self.try_again(generator)? {
+                    self.best = Some(best);
+                    continue;
+                }
+                // Nothing better will come.
+                generator.restore(&best.passage)?;
+                (self.marks, end, readings) = (best.marks, best.end, best.readings);
+            }
+            self.readings.extend(readings);
+            self.tries = 0;
+            match end {
+                End::Mark(index) => drop(self.marks.drain(..index)),
+                End::Rationale => return Ok((self.readings, self.resampled)),
+            }
+        }
+    }
+
+    /// Writes a token and marks the border behind it.
+    fn step<M: LanguageModel + ?Sized>(&mut self, generator: &mut Generator<'_, M>) -> Result<(), GenerateError> {
+        generator.step()?;
+        if generator.text().len() <= THINK_OPEN.len() {
+            self.marks.clear(); // the first unit begins behind the tag
+        }
+        self.marks.push(Mark::here(generator));
+        Ok(())
+    }
+
+    /// The unit, if it has ended: its end and its text.
+    fn unit<'g, M: LanguageModel + ?Sized>(&self, generator: &'g Generator<'_, M>) -> Option<(End, &'g str)> {
+        let start = self.marks.first().map_or(0, |mark| mark.length);
+        let text = &generator.rationale()[start..];
+        let mut read = 0;
+        while let Some(length) = finished_sentence(&text[read..]) {
+            let sentence_end = read + text[read..read + length].trim_end().len();
+            read += length;
+            let behind = |mark: &Mark| (start + sentence_end..=start + read).contains(&mark.length);
+            if let Some(index) = self.marks.iter().position(behind) {
+                return Some((End::Mark(index), &text[..self.marks[index].length - start]));
+            }
+        }
+        let ended = !matches!(generator.phase(), Phase::Opening | Phase::Rationale);
+        ended.then_some((End::Rationale, text))
+    }
+
+    /// How far a unit's sentences are from the label; `None` where none contradicts it.
+    fn badness(&self, readings: &[Reading]) -> Option<f32> {
+        let against = readings.iter().filter(|reading| supports(&reading.labels, self.emotion) == Some(false));
+        against.map(|reading| 1.0 - reading.probabilities[self.emotion.go_emotion().id()]).reduce(|sum, one| sum + one)
+    }
+
+    /// Rolls the unit back. False where it has been written often enough, or would only come out the same.
+    fn try_again<M: LanguageModel + ?Sized>(
+        &mut self,
+        generator: &mut Generator<'_, M>,
+    ) -> Result<bool, GenerateError> {
+        let again = self.tries < self.n;
+        // A warm model is drawn from again as it is, which keeps its distribution; a greedy one is sent another way.
+        let another = generator.rollback(&self.marks[0].checkpoint, again && self.greedy)?;
+        self.marks.truncate(1);
+        let again = again && (another || !self.greedy);
+        if again {
+            self.tries += 1;
+            self.resampled += 1;
+        }
+        Ok(again)
+    }
+}
+
+/// A classifier whose time is counted.
+struct Timed<'a, C> {
+    inner: &'a mut C,
+    spent: Duration,
+}
+
+impl<C: SentenceClassifier> SentenceClassifier for Timed<'_, C> {
+    fn classify(&mut self, sentences: &[&str]) -> Result<Vec<[f32; 28]>, VerifierError> {
+        let start = Instant::now();
+        let read = self.inner.classify(sentences);
+        self.spent += start.elapsed();
+        read
+    }
+}

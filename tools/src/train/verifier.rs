@@ -1,0 +1,721 @@
+//! `candor-tools train verifier`: tunes a pretrained sentence encoder (BERT) to read GoEmotions' 28 labels out of a
+//! sentence, on that data set and on sentences of rationales. The result is a folder in the layout of Hugging Face's
+//! `BertForSequenceClassification`.
+
+use super::checkpoint;
+use super::curves::RunLog;
+use super::encoder::{Affine, BERT_NAMES, Encoder, EncoderBuffers, EncoderSize, NormPlace, Sequences};
+use super::ops;
+use super::optimiser::AdamW;
+use super::parameters::{Plan, Treatment, read_tensors};
+use super::schedule::{Decay, Schedule};
+use super::tower::stop_on_interrupt;
+use anyhow::{Context, bail, ensure};
+use candle_core::DType;
+use candor::verify::emotions::GO_EMOTIONS;
+use candor::verify::read_labels;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::Deserialize;
+use serde_json::json;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokenizers::Tokenizer;
+
+/// Labels of GoEmotions.
+const LABELS: usize = GO_EMOTIONS.len();
+/// Sentences a step.
+const BATCH: usize = 32;
+/// Sentences that are sorted by length together before they are cut into batches.
+const POOL: usize = 64 * BATCH;
+/// Factor on the learning rate of the pooler's and the head's parameters.
+const HEAD_RATE: f32 = 10.0;
+/// Share of the steps over which the rate rises.
+const WARM_UP: f64 = 0.05;
+/// Dropout within the encoder and before the head.
+const DROPOUT: f32 = 0.1;
+/// Largest norm of a step's gradient.
+const CLIP: f32 = 1.0;
+/// Sentences of a validation that a worker takes at a time.
+const READ_AT_ONCE: usize = 32;
+/// Time between two checkpoints.
+const SAVE_EVERY: Duration = Duration::from_secs(180);
+
+/// Arguments of `candor-tools train verifier`.
+#[derive(clap::Args, Debug)]
+pub struct VerifierArgs {
+    /// Training sentences: text, comma-separated label ids and an id, with tabs between (GoEmotions' train.tsv).
+    #[arg(long, required = true)]
+    tsv: Vec<PathBuf>,
+    /// More training sentences of the same form: sentences of rationales, from `candor-tools data faces`.
+    #[arg(long)]
+    sentences: Vec<PathBuf>,
+    /// Sentences to validate on after each pass (GoEmotions' dev.tsv).
+    #[arg(long)]
+    dev: PathBuf,
+    /// Held-back sentences of rationales to validate on after each pass.
+    #[arg(long)]
+    held_out: Option<PathBuf>,
+    /// Folder of the pretrained encoder: config.json, tokenizer.json, model.safetensors in BertModel's layout.
+    #[arg(long)]
+    base: PathBuf,
+    /// Folder of the run; the tuned verifier ends up in its `verifier`. A run cut off goes on from its last checkpoint.
+    #[arg(long)]
+    out: PathBuf,
+    /// Passes over the training sentences.
+    #[arg(long, default_value_t = 3)]
+    passes: u64,
+    /// Learning rate of the encoder at its peak; the head's is ten times that.
+    #[arg(long, default_value_t = 1e-4)]
+    rate: f32,
+    /// Weight decay.
+    #[arg(long, default_value_t = 0.01)]
+    weight_decay: f32,
+    /// Most word pieces of a sentence.
+    #[arg(long, default_value_t = 48)]
+    pieces: usize,
+    /// Share of the training sentences kept back to choose the threshold on.
+    #[arg(long, default_value_t = 0.05)]
+    hold: f64,
+    /// Seed of the order, of dropout and of the head.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads, each with its share of every batch. The result depends on it in the last digits.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Stop after this many steps, as if cut off (for tests and timings).
+    #[arg(long)]
+    stop_after: Option<u64>,
+}
+
+/// Why a line of sentences was refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}:{line}: {reason}; a line is TEXT<tab>LABEL,…<tab>ID with label ids from 0 to 27")]
+pub struct SentenceError {
+    path: PathBuf,
+    line: usize,
+    reason: String,
+}
+
+/// A sentence and its labels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Labelled {
+    /// The sentence.
+    pub text: String,
+    /// Which of GoEmotions' labels it has.
+    pub labels: [bool; LABELS],
+}
+
+/// Reads sentences from a file of GoEmotions' form.
+///
+/// # Errors
+/// [`SentenceError`] naming the first line that is not of that form; the file system's own.
+pub fn read_sentences(path: &Path) -> anyhow::Result<Vec<Labelled>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+    let mut sentences = Vec::new();
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.is_empty()) {
+        let refuse = |reason: String| SentenceError { path: path.into(), line: index + 1, reason };
+        let mut columns = line.split('\t');
+        let (Some(text), Some(ids)) = (columns.next(), columns.next()) else {
+            bail!(refuse("there is no second column".into()));
+        };
+        let mut labels = [false; LABELS];
+        for id in ids.split(',') {
+            let id = id.trim();
+            let slot = id.parse::<usize>().ok().and_then(|id| labels.get_mut(id));
+            *slot.ok_or_else(|| refuse(format!("{id:?} is no label")))? = true;
+        }
+        sentences.push(Labelled { text: text.to_owned(), labels });
+    }
+    ensure!(!sentences.is_empty(), "{} holds no sentences", path.display());
+    Ok(sentences)
+}
+
+/// What is read of config.json.
+#[derive(Clone, Debug, Deserialize)]
+struct BertConfig {
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    intermediate_size: usize,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    type_vocab_size: usize,
+    hidden_act: String,
+    layer_norm_eps: f64,
+    #[serde(default)]
+    pad_token_id: u32,
+}
+
+/// The encoder and its head: places of all parameters, and the sizes.
+struct Verifier {
+    config: BertConfig,
+    plan: Plan,
+    words: Range<usize>,
+    positions: Range<usize>,
+    types: Range<usize>,
+    norm: Affine,
+    encoder: Encoder,
+    pooler: Affine,
+    head: Affine,
+}
+
+/// A sentence ready for the encoder.
+struct Example {
+    ids: Vec<u32>,
+    labels: [bool; LABELS],
+}
+
+/// Buffers of one worker.
+#[derive(Default)]
+struct Worker {
+    ids: Vec<u32>,
+    visible: Vec<usize>,
+    summed: Vec<f32>,
+    embedded: Vec<f32>,
+    statistics: Vec<f32>,
+    encoder: EncoderBuffers,
+    first: Vec<f32>,
+    pooled: Vec<f32>,
+    dropped: Vec<f32>,
+    logits: Vec<f32>,
+    gradient: Vec<f32>,
+    pooled_gradient: Vec<f32>,
+    first_gradient: Vec<f32>,
+}
+
+impl Verifier {
+    fn new(config: BertConfig) -> anyhow::Result<Self> {
+        ensure!(config.hidden_act == "gelu", "hidden_act is {:?}; only \"gelu\" can be trained", config.hidden_act);
+        let sizes =
+            [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size];
+        let tables = [config.vocab_size, config.max_position_embeddings, config.type_vocab_size];
+        ensure!(
+            sizes.iter().all(|size| (1..=65_536).contains(size)) && tables.iter().all(|n| (1..=1_000_000).contains(n)),
+            "a size is zero or beyond reason: {config:?}"
+        );
+        let (width, heads) = (config.hidden_size, config.num_attention_heads);
+        ensure!(width % heads == 0, "hidden_size is not divisible by the number of heads");
+        let mut plan = Plan::default();
+        let table = Treatment { decay: false, rate: 1.0 };
+        let name = |part: &str| format!("bert.embeddings.{part}.weight");
+        let words = plan.add(name("word_embeddings"), &[config.vocab_size, width], table);
+        let positions = plan.add(name("position_embeddings"), &[config.max_position_embeddings, width], table);
+        let types = plan.add(name("token_type_embeddings"), &[config.type_vocab_size, width], table);
+        let norm = Affine::norm(&mut plan, "bert.embeddings.LayerNorm", width, 1.0);
+        let size = EncoderSize {
+            width,
+            heads,
+            hidden: config.intermediate_size,
+            layers: config.num_hidden_layers,
+            eps: config.layer_norm_eps as f32,
+            norm: NormPlace::After,
+        };
+        let encoder = Encoder::new(&mut plan, "bert.encoder.layer", &BERT_NAMES, size, |_| 1.0);
+        let pooler = Affine::projection(&mut plan, "bert.pooler.dense", width, width, 1.0);
+        let head = Affine::projection(&mut plan, "classifier", LABELS, width, HEAD_RATE);
+        Ok(Self { config, plan, words, positions, types, norm, encoder, pooler, head })
+    }
+
+    /// Parameters from the base's file; the head starts small and random, as the pooler does where the base has none
+    /// (then `false` is returned beside).
+    fn initial(&self, base: &Path, seed: u64) -> anyhow::Result<(Vec<f32>, bool)> {
+        let tensors = read_tensors(base)?;
+        let prefixed = tensors.contains_key("bert.embeddings.word_embeddings.weight");
+        let stored = |name: &str| if prefixed { name.to_owned() } else { name.replacen("bert.", "", 1) };
+        let pooled = tensors.contains_key(&stored("bert.pooler.dense.weight"));
+        let mut values = vec![0.0; self.plan.len()];
+        self.plan.load(base, &mut values, |name| {
+            let of_base = name.starts_with("bert.") && (pooled || !name.starts_with("bert.pooler."));
+            of_base.then(|| stored(name))
+        })?;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut fill = |range: &Range<usize>| {
+            values[range.clone()].iter_mut().for_each(|value| *value = rng.random_range(-0.035..0.035));
+        };
+        fill(&self.head.weight);
+        if !pooled {
+            fill(&self.pooler.weight);
+        }
+        Ok((values, pooled))
+    }
+
+    /// Logits of the sentences, in `worker.logits` `[sentences, 28]`. With `dropout`, as in training.
+    fn forward(&self, values: &[f32], examples: &[&Example], dropout: Option<u32>, worker: &mut Worker) {
+        let width = self.config.hidden_size;
+        let tokens = examples.iter().map(|example| example.ids.len()).max().unwrap_or(1);
+        let rows = tokens * examples.len();
+        worker.ids.clear();
+        worker.visible.clear();
+        for example in examples {
+            worker.ids.extend_from_slice(&example.ids);
+            worker.ids.resize(worker.visible.len() * tokens + tokens, self.config.pad_token_id);
+            worker.visible.push(example.ids.len());
+        }
+        worker.summed.resize(rows * width, 0.0);
+        ops::embed(&values[self.words.clone()], width, &worker.ids, &mut worker.summed);
+        let kind = &values[self.types.start..][..width];
+        let positions = &values[self.positions.clone()];
+        for (index, row) in worker.summed.chunks_exact_mut(width).enumerate() {
+            let position = &positions[index % tokens * width..][..width];
+            for ((x, p), k) in row.iter_mut().zip(position).zip(kind) {
+                *x += p + k;
+            }
+        }
+        worker.embedded.resize(rows * width, 0.0);
+        worker.statistics.resize(rows * 2, 0.0);
+        let eps = self.config.layer_norm_eps as f32;
+        self.norm.layer_norm(values, &worker.summed, eps, &mut worker.embedded, &mut worker.statistics);
+        if let Some(seed) = dropout {
+            ops::dropout(&mut worker.embedded, DROPOUT, seed.wrapping_mul(64).wrapping_add(62));
+        }
+        worker.encoder.dropout = dropout.map(|seed| (DROPOUT, seed));
+        let sequences = Sequences { tokens, visible: &worker.visible };
+        self.encoder.forward(values, &worker.embedded, sequences, &mut worker.encoder);
+        worker.first.clear();
+        for sentence in worker.encoder.output()[..rows * width].chunks_exact(tokens * width) {
+            worker.first.extend_from_slice(&sentence[..width]);
+        }
+        worker.pooled.resize(examples.len() * width, 0.0);
+        self.pooler.linear(values, &worker.first, examples.len(), &mut worker.pooled);
+        worker.pooled.iter_mut().for_each(|x| *x = x.tanh());
+        worker.dropped.clear();
+        worker.dropped.extend_from_slice(&worker.pooled);
+        if let Some(seed) = dropout {
+            ops::dropout(&mut worker.dropped, DROPOUT, seed.wrapping_mul(64).wrapping_add(63));
+        }
+        worker.logits.resize(examples.len() * LABELS, 0.0);
+        self.head.linear(values, &worker.dropped, examples.len(), &mut worker.logits);
+    }
+
+    /// Backward from the gradients that stand in `worker.logits`; adds to `gradients`.
+    fn backward(&self, values: &[f32], gradients: &mut [f32], dropout: Option<u32>, worker: &mut Worker) {
+        let width = self.config.hidden_size;
+        let count = worker.visible.len();
+        let tokens = worker.ids.len() / count;
+        worker.pooled_gradient.resize(count * width, 0.0);
+        worker.first_gradient.resize(count * width, 0.0);
+        let (pooled, first) = (&mut worker.pooled_gradient, &mut worker.first_gradient);
+        self.head.linear_backward(values, gradients, &worker.dropped, count, &worker.logits, Some(pooled));
+        if let Some(seed) = dropout {
+            ops::dropout(pooled, DROPOUT, seed.wrapping_mul(64).wrapping_add(63));
+        }
+        pooled.iter_mut().zip(&worker.pooled).for_each(|(g, x)| *g *= 1.0 - x * x);
+        self.pooler.linear_backward(values, gradients, &worker.first, count, pooled, Some(first));
+        worker.gradient.clear();
+        worker.gradient.resize(count * tokens * width, 0.0);
+        for (to, from) in worker.gradient.chunks_exact_mut(tokens * width).zip(first.chunks_exact(width)) {
+            to[..width].copy_from_slice(from);
+        }
+        let sequences = Sequences { tokens, visible: &worker.visible };
+        let gradient = &mut worker.gradient;
+        self.encoder.backward(values, gradients, &worker.embedded, sequences, &mut worker.encoder, gradient);
+        if let Some(seed) = dropout {
+            ops::dropout(gradient, DROPOUT, seed.wrapping_mul(64).wrapping_add(62));
+        }
+        let mut inner = vec![0.0; gradient.len()];
+        let (summed, statistics) = (&worker.summed, &worker.statistics);
+        self.norm.layer_norm_backward(values, gradients, summed, statistics, gradient, &mut inner);
+        ops::embed_backward(width, &worker.ids, &inner, &mut gradients[self.words.clone()]);
+        let (positions, kinds) = (self.positions.start, self.types.start);
+        for (index, row) in inner.chunks_exact(width).enumerate() {
+            for start in [positions + index % tokens * width, kinds] {
+                gradients[start..][..width].iter_mut().zip(row).for_each(|(sum, g)| *sum += g);
+            }
+        }
+    }
+
+    /// Probabilities of the labels for each sentence.
+    fn read(&self, values: &[f32], examples: &[Example], workers: &mut [Worker]) -> Vec<[f32; LABELS]> {
+        // By length, so that little of a batch is padding.
+        let mut order: Vec<usize> = (0..examples.len()).collect();
+        order.sort_by_key(|index| examples[*index].ids.len());
+        let chunks: Vec<&[usize]> = order.chunks(READ_AT_ONCE).collect();
+        let threads = workers.len();
+        let read: Vec<Vec<(usize, [f32; LABELS])>> = workers
+            .par_iter_mut()
+            .enumerate()
+            .map(|(first, worker)| {
+                let mut read = Vec::new();
+                for indices in chunks.iter().skip(first).step_by(threads) {
+                    let batch: Vec<&Example> = indices.iter().map(|index| &examples[*index]).collect();
+                    self.forward(values, &batch, None, worker);
+                    for (index, logits) in indices.iter().zip(worker.logits.chunks_exact(LABELS)) {
+                        read.push((*index, std::array::from_fn(|i| 1.0 / (1.0 + (-logits[i]).exp()))));
+                    }
+                }
+                read
+            })
+            .collect();
+        let mut probabilities = vec![[0.0; LABELS]; examples.len()];
+        for (index, row) in read.into_iter().flatten() {
+            probabilities[index] = row;
+        }
+        probabilities
+    }
+}
+
+/// Mean over the labels of F1, given what was read and what is right. A label that is neither read nor right counts 0.
+pub fn macro_f1(read: &[[bool; LABELS]], right: &[[bool; LABELS]]) -> f64 {
+    let scores = (0..LABELS).map(|label| {
+        let both = read.iter().zip(right).filter(|(a, b)| a[label] && b[label]).count() as f64;
+        let either = read.iter().filter(|a| a[label]).count() + right.iter().filter(|b| b[label]).count();
+        if either == 0 { 0.0 } else { 2.0 * both / either as f64 }
+    });
+    scores.sum::<f64>() / LABELS as f64
+}
+
+fn above(probabilities: &[[f32; LABELS]], threshold: f32) -> Vec<[bool; LABELS]> {
+    probabilities.iter().map(|row| row.map(|probability| probability > threshold)).collect()
+}
+
+/// Labels by the paper's rule.
+fn by_rule(probabilities: &[[f32; LABELS]]) -> anyhow::Result<Vec<[bool; LABELS]>> {
+    let rows = probabilities.iter().map(|row| {
+        let mut labels = [false; LABELS];
+        for label in read_labels(row)? {
+            labels[label.id()] = true;
+        }
+        Ok(labels)
+    });
+    rows.collect()
+}
+
+fn right(examples: &[Example]) -> Vec<[bool; LABELS]> {
+    examples.iter().map(|example| example.labels).collect()
+}
+
+/// The threshold with the best macro-F1, among hundredths.
+fn best_threshold(probabilities: &[[f32; LABELS]], right: &[[bool; LABELS]]) -> f32 {
+    let thresholds = (5..=60).map(|hundredths| hundredths as f32 / 100.0);
+    let scored = thresholds.map(|threshold| (threshold, macro_f1(&above(probabilities, threshold), right)));
+    scored.fold((0.5, -1.0), |best, candidate| if candidate.1 > best.1 { candidate } else { best }).0
+}
+
+/// Share of held-back sentences of rationales that are read as meant: sentences that name an emotion have its label
+/// among theirs, neutral ones have no other.
+fn agreement(read: &[[bool; LABELS]], meant: &[[bool; LABELS]]) -> f64 {
+    const NEUTRAL: usize = LABELS - 1;
+    let agree = |(read, meant): (&[bool; LABELS], &[bool; LABELS])| {
+        if meant[NEUTRAL] { read == meant } else { (0..LABELS).any(|label| read[label] && meant[label]) }
+    };
+    read.iter().zip(meant).filter(|pair| agree(*pair)).count() as f64 / read.len().max(1) as f64
+}
+
+fn examples(tokenizer: &Tokenizer, sentences: &[Labelled], pieces: usize) -> anyhow::Result<Vec<Example>> {
+    sentences
+        .par_iter()
+        .map(|sentence| {
+            let encoding =
+                tokenizer.encode(sentence.text.as_str(), true).map_err(|error| anyhow::anyhow!("{error}"))?;
+            let mut ids = encoding.get_ids().to_vec();
+            if ids.len() > pieces {
+                // The last piece is the separator: it stays.
+                let last = ids[ids.len() - 1];
+                ids.truncate(pieces);
+                ids[pieces - 1] = last;
+            }
+            Ok(Example { ids, labels: sentence.labels })
+        })
+        .collect()
+}
+
+/// The batches of one pass: sentences of like length together, batches in random order.
+fn batches(examples: &[Example], seed: u64, pass: u64) -> Vec<Vec<usize>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ (pass << 32));
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.shuffle(&mut rng);
+    for pool in order.chunks_mut(POOL) {
+        pool.sort_by_key(|index| examples[*index].ids.len());
+    }
+    let mut batches: Vec<Vec<usize>> = order.chunks_exact(BATCH).map(<[usize]>::to_vec).collect();
+    batches.shuffle(&mut rng);
+    batches
+}
+
+/// Runs `candor-tools train verifier`.
+pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
+    ensure!((1..=BATCH).contains(&args.threads), "--threads must lie between 1 and {BATCH}");
+    ensure!(args.passes > 0, "--passes must be at least 1");
+    ensure!((0.0..0.5).contains(&args.hold), "--hold must lie between 0 and 0.5");
+    let config_path = args.base.join("config.json");
+    let text = std::fs::read_to_string(&config_path).with_context(|| format!("{}", config_path.display()))?;
+    let config: BertConfig = serde_json::from_str(&text).with_context(|| format!("{}", config_path.display()))?;
+    ensure!(
+        (8..=config.max_position_embeddings).contains(&args.pieces),
+        "--pieces must lie between 8 and the base's positions"
+    );
+    let verifier = Verifier::new(config).with_context(|| format!("{}", config_path.display()))?;
+    let tokenizer_path = args.base.join("tokenizer.json");
+    let mut tokenizer = Tokenizer::from_file(&tokenizer_path)
+        .map_err(|error| anyhow::anyhow!("{}: {error}", tokenizer_path.display()))?;
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| anyhow::anyhow!("{error}"))?;
+    ensure!(
+        tokenizer.get_vocab_size(true) <= verifier.config.vocab_size,
+        "the tokenizer has more pieces than the base"
+    );
+
+    let mut sentences = Vec::new();
+    for path in &args.tsv {
+        sentences.extend(read_sentences(path)?);
+    }
+    let held_back = (sentences.len() as f64 * args.hold) as usize;
+    sentences.shuffle(&mut ChaCha8Rng::seed_from_u64(args.seed));
+    let held_back = sentences.split_off(sentences.len() - held_back);
+    for path in &args.sentences {
+        sentences.extend(read_sentences(path)?);
+    }
+    let train = examples(&tokenizer, &sentences, args.pieces)?;
+    let held_back = examples(&tokenizer, &held_back, args.pieces)?;
+    let dev = examples(&tokenizer, &read_sentences(&args.dev)?, args.pieces)?;
+    let held_out = match &args.held_out {
+        Some(path) => examples(&tokenizer, &read_sentences(path)?, args.pieces)?,
+        None => Vec::new(),
+    };
+    let a_pass = (train.len() / BATCH) as u64;
+    ensure!(a_pass > 0, "fewer sentences than one batch of {BATCH}");
+    let total = a_pass * args.passes;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
+    let recipe = format!(
+        "verifier passes {} rate {} decay {} pieces {} hold {} seed {} threads {} sentences {}",
+        args.passes,
+        args.rate,
+        args.weight_decay,
+        args.pieces,
+        args.hold,
+        args.seed,
+        args.threads,
+        train.len()
+    );
+    let warm_up = ((total as f64 * WARM_UP) as u64).max(1);
+    let schedule = Schedule { peak: args.rate, warm_up, total, decay: Decay::Linear };
+    let (mut values, pooled) = verifier.initial(&args.base.join("model.safetensors"), args.seed)?;
+    let mut optimiser = AdamW::new(&verifier.plan, args.weight_decay);
+    let state = args.out.join("state.safetensors");
+    checkpoint::resume(&state, &recipe, &mut values, &mut optimiser)?;
+    let stop = stop_on_interrupt();
+    let mut log = RunLog::open(&args.out, optimiser.steps, total)?;
+    log.say(&format!(
+        "{} parameters, {} sentences, {total} steps, {} done; the pooler is {}",
+        verifier.plan.len(),
+        train.len(),
+        optimiser.steps,
+        if pooled { "the base's" } else { "new: the base has none" }
+    ));
+    let mut workers: Vec<Worker> = (0..args.threads).map(|_| Worker::default()).collect();
+    let mut gradients = vec![vec![0.0; verifier.plan.len()]; args.threads];
+    let mut saved = Instant::now();
+    let mut threshold = 0.2;
+    for pass in optimiser.steps / a_pass..args.passes {
+        let batches = batches(&train, args.seed, pass);
+        for batch in batches.iter().skip((optimiser.steps - pass * a_pass) as usize) {
+            let step = optimiser.steps;
+            let started = Instant::now();
+            let share = BATCH.div_ceil(args.threads);
+            let loss: f64 = workers
+                .par_iter_mut()
+                .zip(gradients.par_iter_mut())
+                .zip(batch.par_chunks(share))
+                .enumerate()
+                .map(|(index, ((worker, gradients), indices))| {
+                    let examples: Vec<&Example> = indices.iter().map(|index| &train[*index]).collect();
+                    let dropout = Some((step as u32).wrapping_mul(64).wrapping_add(index as u32));
+                    verifier.forward(&values, &examples, dropout, worker);
+                    let mut loss = 0.0;
+                    for (example, logits) in examples.iter().zip(worker.logits.chunks_exact_mut(LABELS)) {
+                        for (logit, label) in logits.iter_mut().zip(example.labels) {
+                            let (term, gradient) = ops::binary_cross_entropy(*logit, f32::from(u8::from(label)));
+                            loss += f64::from(term) / (BATCH * LABELS) as f64;
+                            *logit = gradient / (BATCH * LABELS) as f32;
+                        }
+                    }
+                    verifier.backward(&values, gradients, dropout, worker);
+                    loss
+                })
+                .sum();
+            let rate = schedule.rate(step);
+            let norm = optimiser.step(&mut values, &mut gradients, rate, CLIP);
+            ensure!(norm.is_finite(), "step {step}: the gradient is not finite; a lower --rate may help");
+            let step = optimiser.steps;
+            let speed = BATCH as f64 / started.elapsed().as_secs_f64();
+            log.write(step, json!({"loss": loss, "rate": rate, "norm": norm, "sentences_per_s": speed}))?;
+            log.show(step, format!("loss {loss:.4} {speed:.0} sentences/s"));
+            if step % 100 == 0 {
+                log.say(&format!("step {step}/{total} loss {loss:.4} norm {norm:.3} {speed:.0}/s"));
+            }
+            let cut = stop.load(Ordering::Relaxed) || args.stop_after.is_some_and(|stop| step >= stop);
+            if saved.elapsed() > SAVE_EVERY || cut || step == total {
+                checkpoint::save(&state, &recipe, &values, &optimiser)?;
+                saved = Instant::now();
+            }
+            if cut && step < total {
+                bail!("stopped at step {step} of {total}; the same command goes on from there");
+            }
+        }
+        let chosen_on = if held_back.is_empty() { &train } else { &held_back };
+        threshold = best_threshold(&verifier.read(&values, chosen_on, &mut workers), &right(chosen_on));
+        let read = verifier.read(&values, &dev, &mut workers);
+        let plain = macro_f1(&above(&read, threshold), &right(&dev));
+        let paper = macro_f1(&by_rule(&read)?, &right(&dev));
+        let meant = agreement(&by_rule(&verifier.read(&values, &held_out, &mut workers))?, &right(&held_out));
+        log.write(
+            optimiser.steps,
+            json!({"dev_macro_f1": plain, "dev_macro_f1_paper_rule": paper, "threshold": threshold, "held_out_agreement": meant}),
+        )?;
+        log.say(&format!(
+            "pass {}: dev macro-F1 {plain:.4} at {threshold:.2}, {paper:.4} by the paper's rule; held-back sentences {meant:.4} of {}",
+            pass + 1,
+            held_out.len()
+        ));
+        log.draw("verifier", &["dev_macro_f1", "dev_macro_f1_paper_rule", "held_out_agreement"])?;
+    }
+    write_verifier(&verifier, &values, threshold, args)?;
+    log.say(&format!("wrote {}", args.out.join("verifier").display()));
+    Ok(())
+}
+
+/// The tuned verifier as a folder that transformers and Candor open.
+fn write_verifier(verifier: &Verifier, values: &[f32], threshold: f32, args: &VerifierArgs) -> anyhow::Result<()> {
+    let folder = args.out.join("verifier");
+    std::fs::create_dir_all(&folder)?;
+    let tensors = verifier.plan.tensors(values, DType::F16, |name| Some(name.to_owned()))?;
+    checkpoint::write_tensors(&folder.join("model.safetensors"), &tensors)?;
+    let config = &verifier.config;
+    let id2label: serde_json::Map<String, serde_json::Value> =
+        GO_EMOTIONS.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
+    let label2id: serde_json::Map<String, serde_json::Value> =
+        GO_EMOTIONS.iter().enumerate().map(|(id, name)| ((*name).to_owned(), json!(id))).collect();
+    let config = json!({
+        "architectures": ["BertForSequenceClassification"],
+        "model_type": "bert",
+        "problem_type": "multi_label_classification",
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size,
+        "position_embedding_type": "absolute",
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": "float16",
+        "id2label": id2label,
+        "label2id": label2id,
+    });
+    checkpoint::write_atomically(&folder.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())?;
+    std::fs::copy(args.base.join("tokenizer.json"), folder.join("tokenizer.json"))?;
+    let manifest = format!("[verifier]\nthreshold = {threshold:.2}\n");
+    checkpoint::write_atomically(&folder.join("candor.toml"), manifest.as_bytes())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::train::parameters::check_gradients;
+
+    fn config() -> BertConfig {
+        BertConfig {
+            hidden_size: 12,
+            num_hidden_layers: 2,
+            num_attention_heads: 3,
+            intermediate_size: 20,
+            vocab_size: 30,
+            max_position_embeddings: 16,
+            type_vocab_size: 2,
+            hidden_act: "gelu".into(),
+            layer_norm_eps: 1e-12,
+            pad_token_id: 0,
+        }
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences() {
+        let verifier = Verifier::new(config()).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let mut values: Vec<f32> = (0..verifier.plan.len()).map(|_| rng.random_range(-0.5..0.5)).collect();
+        let mut labels = [false; LABELS];
+        labels[3] = true;
+        let examples =
+            [Example { ids: vec![1, 5, 9, 2], labels }, Example { ids: vec![1, 7, 2], labels: [false; LABELS] }];
+        let examples: Vec<&Example> = examples.iter().collect();
+        let mut worker = Worker::default();
+        let loss = |values: &[f32], worker: &mut Worker| {
+            verifier.forward(values, &examples, Some(4), worker);
+            let mut loss = 0.0;
+            for (example, logits) in examples.iter().zip(worker.logits.chunks_exact_mut(LABELS)) {
+                for (logit, label) in logits.iter_mut().zip(example.labels) {
+                    let (term, gradient) = ops::binary_cross_entropy(*logit, f32::from(u8::from(label)));
+                    loss += f64::from(term) / 8.0;
+                    *logit = gradient / 8.0;
+                }
+            }
+            loss
+        };
+        loss(&values, &mut worker);
+        let mut gradients = vec![0.0; values.len()];
+        verifier.backward(&values, &mut gradients, Some(4), &mut worker);
+        check_gradients(&verifier.plan, &mut values, &gradients, |values| loss(values, &mut worker));
+    }
+
+    #[test]
+    fn macro_f1_is_the_mean_over_all_labels() {
+        let mut read = vec![[false; LABELS]; 4];
+        let mut right = read.clone();
+        // Label 0: two of three right ones are read, one too many. Label 1: all right. The other 26: none.
+        for (row, a, b) in [(0, true, true), (1, true, true), (2, true, false), (3, false, true)] {
+            read[row][0] = a;
+            right[row][0] = b;
+        }
+        read[0][1] = true;
+        right[0][1] = true;
+        assert!((macro_f1(&read, &right) - (2.0 / 3.0 + 1.0) / 28.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_threshold_separates() {
+        let mut probabilities = vec![[0.0; LABELS]; 2];
+        let mut right = vec![[false; LABELS]; 2];
+        (probabilities[0][2], probabilities[1][2], right[0][2]) = (0.31, 0.24, true);
+        let threshold = best_threshold(&probabilities, &right);
+        assert!((0.24..0.31).contains(&threshold), "{threshold}");
+    }
+
+    #[test]
+    fn sentences_of_another_form_are_refused_by_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sentences.tsv");
+        for (text, wanted) in [
+            ("fine\t3,4\tx\nno labels\n", ":2: there is no second column"),
+            ("fine\t28\tx\n", ":1: \"28\" is no label"),
+            ("fine\tjoy\tx\n", "\"joy\" is no label"),
+            ("fine\t\tx\n", "\"\" is no label"),
+            ("\n", "holds no sentences"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = read_sentences(&path).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+        std::fs::write(&path, "Not bad.\t4,17\tid\n").unwrap();
+        let read = read_sentences(&path).unwrap();
+        assert!(read[0].labels[4] && read[0].labels[17] && read[0].text == "Not bad.");
+    }
+
+    #[test]
+    fn every_pass_holds_each_sentence_once() {
+        let example = |length: usize| Example { ids: vec![1; length], labels: [false; LABELS] };
+        let all: Vec<Example> = (0..3 * BATCH).map(|i| example(2 + i % 7)).collect();
+        let mut seen: Vec<usize> = batches(&all, 1, 0).concat();
+        assert_ne!(batches(&all, 1, 0), batches(&all, 1, 1));
+        seen.sort_unstable();
+        assert_eq!(seen, (0..3 * BATCH).collect::<Vec<_>>());
+    }
+}
