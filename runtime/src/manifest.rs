@@ -486,7 +486,15 @@ mod tests {
         assert_eq!(manifest.model.answer, Answer::Fast);
         assert_eq!(
             manifest.input,
-            InputSection { fit: Fit::Face, face_margin: 0.3, detail: Some(48), grey: true, window_s: 4.0, step_s: 0.5 }
+            InputSection {
+                fit: Fit::Face,
+                face_margin: 0.3,
+                face_shift: -0.1,
+                detail: Some(48),
+                grey: true,
+                window_s: 4.0,
+                step_s: 0.5
+            }
         );
         let manifest = Manifest { folder: "models/default".into(), ..manifest };
         assert_eq!(manifest.verifier_folder(), Some("models/default/../v".into()));

@@ -47,12 +47,23 @@ pub struct Observation {
     pub model: Identity,
     /// The verifier.
     pub verifier: Identity,
-    /// Seed of the window's random numbers.
+    /// Seed of the window's random numbers: the run's seed plus the window's number.
     pub seed: u64,
     /// Tokens of the window.
     pub tokens: Tokens,
     /// Everything that the clock decides.
     pub times: Times,
+}
+
+impl Observation {
+    /// The probability of the label, from the probabilities that decided it.
+    pub fn label_probability(&self) -> Option<f64> {
+        let deciding = match self.answer {
+            Answer::Fast => &self.fast_probabilities,
+            Answer::After => &self.probabilities,
+        };
+        deciding.as_ref()?.of(self.label.as_deref()?)
+    }
 }
 
 /// A stretch of media time.
@@ -143,12 +154,19 @@ impl<'de> Deserialize<'de> for Probabilities {
 pub struct PolicyRecord {
     /// annotate, retry, guide or withhold.
     pub name: String,
-    /// Most attempts for a completion (retry) or a sentence (guide).
+    /// Most times that a completion (retry) or a sentence (guide) is written again.
     pub n: Option<usize>,
     /// How often a completion or a sentence was written again. Its tokens are in [`Tokens::extra`].
     pub resampled: usize,
     /// Whether the rationale was kept back.
     pub withheld: bool,
+}
+
+impl PolicyRecord {
+    /// A policy that has done nothing yet.
+    pub fn of(name: &str, n: Option<usize>) -> PolicyRecord {
+        PolicyRecord { name: name.to_string(), n, resampled: 0, withheld: false }
+    }
 }
 
 /// Which model it was.
@@ -380,6 +398,14 @@ mod tests {
         let mut value = serde_json::to_value(faceless()).unwrap();
         value["rationale"] = json!("Sad.");
         assert!(!schema.is_valid(&value), "a rationale without a label");
+    }
+
+    #[test]
+    fn the_labels_probability_is_the_one_that_decided() {
+        let after = observation();
+        assert_eq!(after.label_probability(), Some(0.75));
+        assert_eq!(Observation { answer: Answer::Fast, ..after }.label_probability(), Some(0.5));
+        assert_eq!(faceless().label_probability(), None);
     }
 
     #[test]

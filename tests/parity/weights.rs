@@ -142,7 +142,7 @@ fn numbers(value: &Value) -> Vec<i64> {
 }
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity")
 }
 
 /// Stores a weight the way a variant does; 8-bit weights get their scales beside them.

@@ -82,7 +82,8 @@ impl Policy {
         }
     }
 
-    fn n(self) -> Option<usize> {
+    /// Its number in observations.
+    pub fn n(self) -> Option<usize> {
         match self {
             Policy::Retry(n) | Policy::Guide(n) => Some(n),
             Policy::Annotate | Policy::Withhold => None,
@@ -178,7 +179,7 @@ pub fn write_reason<M: LanguageModel + ?Sized>(
         after: best.after,
         label: best.label,
         assessment: best.assessment,
-        record: PolicyRecord { name: policy.name().to_string(), n: policy.n(), resampled, withheld },
+        record: PolicyRecord { resampled, withheld, ..PolicyRecord::of(policy.name(), policy.n()) },
         verify_time: verifier.spent,
         probabilities_time,
     })
@@ -398,5 +399,328 @@ impl<C: SentenceClassifier> SentenceClassifier for Timed<'_, C> {
         let read = self.inner.classify(sentences);
         self.spent += start.elapsed();
         read
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::text::TokenTable;
+    use crate::text::toy::ToyModel;
+    use crate::verify::assess;
+    use crate::verify::scripted::Keywords;
+
+    /// Whole words, so that tests read as text. The last id ends the turn.
+    const WORDS: [&str; 21] = [
+        "<think>",
+        "</think>",
+        "\n<answer>",
+        "</answer>",
+        "happy",
+        "sad",
+        "A",
+        " cue",
+        ".",
+        " It",
+        " So",
+        " Truly",
+        " is",
+        " joy",
+        " sadness",
+        " anger",
+        " fear",
+        " and",
+        ". It",
+        "!",
+        " \"",
+    ];
+    const END: u32 = WORDS.len() as u32;
+    const PROMPT: [u32; 2] = [END, END];
+    const LIKELY: f32 = 9.0;
+
+    fn text_of(tokens: &[u32]) -> String {
+        tokens.iter().filter_map(|&token| WORDS.get(token as usize)).copied().collect()
+    }
+
+    /// A model that goes on as `choices` says of the text so far: words, the best first, each a step less likely.
+    fn model(choices: impl Fn(&str) -> &'static [&'static str] + 'static) -> ToyModel {
+        ToyModel::new(WORDS.len() + 1, 200, &PROMPT, move |cache| {
+            let mut logits = vec![-LIKELY; WORDS.len() + 1];
+            for (rank, word) in choices(&text_of(cache)).iter().enumerate() {
+                logits[WORDS.iter().position(|known| known == word).unwrap()] = LIKELY - 3.0 * rank as f32;
+            }
+            logits
+        })
+    }
+
+    struct Setting {
+        grammar: Grammar,
+        scorer: LabelScorer,
+        fast: LabelProbabilities,
+    }
+
+    impl Setting {
+        /// The fast answer is sad.
+        fn new(max_new_tokens: usize) -> Setting {
+            let tokens = (0..).zip(WORDS.iter().map(|word| word.as_bytes()));
+            let table = Arc::new(TokenTable::new(WORDS.len() + 1, END, tokens));
+            let labels = ["happy".to_string(), "sad".to_string()];
+            Setting {
+                grammar: Grammar::new(table.clone(), &labels, max_new_tokens).unwrap(),
+                scorer: LabelScorer::new(table, &labels).unwrap(),
+                fast: LabelProbabilities { probabilities: vec![0.25, 0.75], mass: 1.0, unexplored: 0.0, steps: 1 },
+            }
+        }
+
+        fn task(&self, temperature: f32, seed: u64) -> Task<'_> {
+            Task {
+                grammar: &self.grammar,
+                scorer: &self.scorer,
+                search: LabelSearch::default(),
+                emotions: &[Emotion::Happiness, Emotion::Sadness],
+                fast: &self.fast,
+                answer: Answer::After,
+                sampling: Sampling { temperature, top_p: 1.0, seed },
+            }
+        }
+
+        fn run(&self, policy: Policy, temperature: f32, seed: u64, model: &mut ToyModel) -> Reason {
+            write_reason(policy, &self.task(temperature, seed), model, &mut Keywords::default()).unwrap()
+        }
+    }
+
+    /// "A cue." and then, in order of liking, "It is anger.", "So is sadness."; the answer is sad.
+    fn wrong_then_right(text: &str) -> &'static [&'static str] {
+        match text {
+            "" => &["<think>"],
+            _ if text.ends_with("<think>") => &["A"],
+            _ if text.ends_with('A') => &[" cue"],
+            _ if text.ends_with("cue") => &["."],
+            _ if text.ends_with("cue.") => &[" It", " So"],
+            _ if text.ends_with(" It") || text.ends_with(" So") => &[" is"],
+            _ if text.ends_with(" It is") => &[" anger"],
+            _ if text.ends_with(" So is") => &[" sadness"],
+            _ if text.ends_with("anger") || text.ends_with("sadness") => &["."],
+            _ if text.ends_with("</think>") => &["\n<answer>"],
+            _ if text.ends_with("<answer>") => &["sad", "happy"],
+            _ if text.ends_with("sad") => &["</answer>"],
+            _ => &["</think>"],
+        }
+    }
+
+    #[test]
+    fn policies_are_read_and_written() {
+        for (text, policy) in [
+            ("annotate", Policy::Annotate),
+            ("retry:3", Policy::Retry(3)),
+            ("guide:64", Policy::Guide(64)),
+            ("withhold", Policy::Withhold),
+        ] {
+            assert_eq!(text.parse(), Ok(policy));
+            assert_eq!(policy.to_string(), text);
+        }
+        for text in [
+            "",
+            "retry",
+            "retry:",
+            "retry:0",
+            "guide:65",
+            "guide:-1",
+            "guide:99999999999999999999",
+            "annotate:1",
+            "none",
+        ] {
+            assert!(text.parse::<Policy>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn annotate_and_withhold_write_once() {
+        let setting = Setting::new(40);
+        let annotated = setting.run(Policy::Annotate, 0.0, 0, &mut model(wrong_then_right));
+        assert_eq!(annotated.completion.text, "<think>A cue. It is anger.</think>\n<answer>sad</answer>");
+        assert_eq!((annotated.label, annotated.assessment.verdict), (1, Verdict::Contradicted));
+        assert_eq!((annotated.extra_tokens, annotated.record.resampled, annotated.record.withheld), (0, 0, false));
+        let withheld = setting.run(Policy::Withhold, 0.0, 0, &mut model(wrong_then_right));
+        assert!(withheld.record.withheld);
+        assert_eq!(withheld.completion, annotated.completion);
+        let right = |text: &str| -> &'static [&'static str] {
+            if text.ends_with("cue.") { &[" So"] } else { wrong_then_right(text) }
+        };
+        assert!(!setting.run(Policy::Withhold, 0.0, 0, &mut model(right)).record.withheld);
+    }
+
+    /// After a rollback everything goes on as if the sentence had never been.
+    #[test]
+    fn a_contradicting_sentence_leaves_no_trace() {
+        let setting = Setting::new(40);
+        let mut guided_model = model(wrong_then_right);
+        let guided = setting.run(Policy::Guide(2), 0.0, 0, &mut guided_model);
+        assert_eq!(guided.completion.text, "<think>A cue. So is sadness.</think>\n<answer>sad</answer>");
+        assert_eq!(guided.assessment.verdict, Verdict::Verified);
+        assert_eq!(guided.record, PolicyRecord { resampled: 1, ..PolicyRecord::of("guide", Some(2)) });
+        // " It is anger." and the closing tag that showed where the sentence ends.
+        assert_eq!(guided.extra_tokens, 5);
+
+        let mut innocent_model = model(|text| if text.ends_with("cue.") { &[" So"] } else { wrong_then_right(text) });
+        let innocent = setting.run(Policy::Annotate, 0.0, 0, &mut innocent_model);
+        assert_eq!(guided.completion.tokens, innocent.completion.tokens);
+        assert_eq!(guided_model.cache(), innocent_model.cache());
+        assert_eq!(guided_model.logits(), innocent_model.logits());
+        assert_eq!(guided.assessment, innocent.assessment);
+    }
+
+    #[test]
+    fn the_first_sentence_can_contradict() {
+        let choices = |text: &str| -> &'static [&'static str] {
+            match text {
+                _ if text.ends_with("<think>") => &[" It", " So"],
+                _ if text.ends_with("anger.") => &[" So"],
+                _ => wrong_then_right(text),
+            }
+        };
+        let reason = Setting::new(40).run(Policy::Guide(1), 0.0, 0, &mut model(choices));
+        assert_eq!(reason.completion.rationale, " So is sadness.");
+        // " It is anger." and the " So" that showed where the sentence ends.
+        assert_eq!((reason.extra_tokens, reason.record.resampled), (5, 1));
+    }
+
+    /// Reads anger, joy and fear, each with a different rest of sadness.
+    struct Shades;
+
+    impl SentenceClassifier for Shades {
+        fn classify(&mut self, sentences: &[&str]) -> Result<Vec<[f32; 28]>, VerifierError> {
+            let mut read = Keywords::default().classify(sentences)?;
+            for (sentence, probabilities) in sentences.iter().zip(&mut read) {
+                for (word, rest) in [("anger", 0.02), ("joy", 0.08), ("fear", 0.05)] {
+                    if sentence.contains(word) {
+                        probabilities[Emotion::Sadness.go_emotion().id()] = rest;
+                    }
+                }
+            }
+            Ok(read)
+        }
+    }
+
+    #[test]
+    fn when_tries_run_out_the_least_bad_stays() {
+        let choices = |text: &str| -> &'static [&'static str] {
+            match text {
+                _ if text.ends_with("cue.") => &[" It", " So", " Truly"],
+                _ if text.ends_with(" It is") => &[" anger"],
+                _ if text.ends_with(" So is") => &[" joy"],
+                _ if text.ends_with(" Truly is") => &[" fear"],
+                _ if text.ends_with(" Truly") => &[" is"],
+                _ if text.ends_with("joy") || text.ends_with("fear") => &["."],
+                _ => wrong_then_right(text),
+            }
+        };
+        let setting = Setting::new(60);
+        let run = |n| write_reason(Policy::Guide(n), &setting.task(0.0, 0), &mut model(choices), &mut Shades).unwrap();
+        let reason = run(2);
+        assert_eq!(reason.completion.rationale, "A cue. So is joy.");
+        assert_eq!((reason.record.resampled, reason.extra_tokens), (2, 10));
+        assert_eq!(reason.assessment.verdict, Verdict::Contradicted);
+        let reason = run(1);
+        assert_eq!(reason.completion.rationale, "A cue. So is joy.");
+        assert_eq!((reason.record.resampled, reason.extra_tokens), (1, 5));
+    }
+
+    #[test]
+    fn a_sentence_cut_off_by_the_budget_is_read_too() {
+        let choices = |text: &str| -> &'static [&'static str] {
+            match text {
+                _ if text.ends_with("<think>") => &["A"],
+                _ if text.ends_with('A') => &[" anger"],
+                _ if text.ends_with("anger") => &[" and"],
+                _ if text.ends_with("and") => &[" anger"],
+                _ => wrong_then_right(text),
+            }
+        };
+        let reason = Setting::new(12).run(Policy::Guide(1), 0.0, 0, &mut model(choices));
+        assert!(reason.completion.text.ends_with("</think>\n<answer>sad</answer>"), "{}", reason.completion.text);
+        assert_eq!(reason.record.resampled, 1);
+        assert_eq!(reason.assessment.sentences.len(), 1);
+        assert!(reason.completion.tokens.len() <= 12);
+    }
+
+    /// ". It" ends one sentence and begins the next: both are one unit, and no sentence goes unread.
+    #[test]
+    fn tokens_that_reach_over_a_sentences_end() {
+        let choices = |text: &str| -> &'static [&'static str] {
+            match text {
+                _ if text.ends_with("<think>") => &["A", " So"],
+                _ if text.ends_with("cue") => &[". It"],
+                _ => wrong_then_right(text),
+            }
+        };
+        let reason = Setting::new(40).run(Policy::Guide(1), 0.0, 0, &mut model(choices));
+        assert_eq!(reason.completion.rationale, " So is sadness.");
+        assert_eq!(reason.record.resampled, 1);
+    }
+
+    #[test]
+    fn retry_keeps_the_best_and_counts_the_rest() {
+        // Anger or sadness, as the random numbers have it.
+        let choices = |text: &str| -> &'static [&'static str] {
+            if text.ends_with("cue.") { &[" It"] } else { wrong_then_right(text) }
+        };
+        let fair = || {
+            ToyModel::new(WORDS.len() + 1, 200, &PROMPT, move |cache| {
+                let text = text_of(cache);
+                let mut logits = vec![-90.0; WORDS.len() + 1];
+                let words: &[&str] = if text.ends_with(" is") { &[" anger", " sadness"] } else { &choices(&text)[..1] };
+                for word in words {
+                    logits[WORDS.iter().position(|known| known == word).unwrap()] = LIKELY;
+                }
+                logits
+            })
+        };
+        let setting = Setting::new(40);
+        let mut resampled = Vec::new();
+        for seed in 0..20 {
+            let reason = setting.run(Policy::Retry(2), 1.0, seed, &mut fair());
+            let again = setting.run(Policy::Retry(2), 1.0, seed, &mut fair());
+            assert_eq!((&reason.completion, &reason.record), (&again.completion, &again.record), "seed {seed}");
+            assert_eq!(reason.extra_tokens, reason.record.resampled * reason.completion.tokens.len(), "seed {seed}");
+            let verified = reason.assessment.verdict == Verdict::Verified;
+            assert!(verified || reason.record.resampled == 2, "seed {seed}");
+            resampled.push(reason.record.resampled);
+        }
+        assert!((0..=2).all(|count| resampled.contains(&count)), "{resampled:?}");
+        // Greedy attempts are warmed up, or they would all be the same.
+        let reasons = (0..20).map(|seed| setting.run(Policy::Retry(8), 0.0, seed, &mut fair()));
+        assert!(reasons.into_iter().all(|reason| reason.assessment.verdict == Verdict::Verified));
+    }
+
+    /// Over random models: completions stay readable, the sentences read one by one are those of the whole, tokens add
+    /// up, and a seed repeats itself.
+    #[test]
+    fn random_models_keep_the_promises() {
+        let setting = Setting::new(48);
+        let mut rewritten = 0;
+        for seed in 0..60 {
+            for (policy, temperature) in [(Policy::Guide(2), 1.0), (Policy::Guide(3), 0.0), (Policy::Retry(2), 0.5)] {
+                let run = || {
+                    let mut toy = ToyModel::random(WORDS.len() + 1, 200, seed, 3.0);
+                    setting.run(policy, temperature, seed, &mut toy)
+                };
+                let reason = run();
+                let Completion { text, rationale, label, tokens, .. } = &reason.completion;
+                assert_eq!(*text, format!("<think>{rationale}</think>\n<answer>{label}</answer>"));
+                assert_eq!(text_of(tokens), *text);
+                let emotion = setting.task(0.0, 0).emotions[reason.label];
+                let whole = assess(rationale, emotion, &mut Keywords::default()).unwrap();
+                assert_eq!(reason.assessment, whole, "seed {seed} {policy}: {rationale:?}");
+                assert_eq!(reason.extra_tokens > 0, reason.record.resampled > 0, "seed {seed} {policy}");
+                let again = run();
+                assert_eq!((again.completion, again.extra_tokens), (reason.completion, reason.extra_tokens));
+                rewritten += reason.record.resampled;
+            }
+        }
+        assert!(rewritten > 100, "only {rewritten} sentences and completions were written again");
     }
 }

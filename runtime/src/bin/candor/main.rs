@@ -1,7 +1,13 @@
 //! The command line: `candor --help` explains itself. One file a subcommand.
 #![forbid(unsafe_code)]
 
+mod folders;
+mod model;
+mod terminal;
 mod trace;
+mod verify;
+#[cfg(feature = "media")]
+mod watch;
 
 use clap::{Parser, Subcommand};
 
@@ -15,12 +21,23 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Say for each window of a camera or file which emotion it shows and why.
+    #[cfg(feature = "media")]
+    Watch(watch::WatchArgs),
+    /// Read a rationale from standard input and say whether it supports an emotion.
+    Verify(verify::VerifyArgs),
+    /// Check or list the files of a model.
+    Model(model::ModelArgs),
     Trace(trace::Trace),
 }
 
 fn main() -> anyhow::Result<()> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     match Cli::parse().command {
+        #[cfg(feature = "media")]
+        Command::Watch(args) => watch::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Model(args) => model::run(args),
         Command::Trace(args) => trace::run(&args),
     }
 }

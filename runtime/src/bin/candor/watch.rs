@@ -1,0 +1,132 @@
+//! `candor watch`: says for each window of a source which emotion it shows and why.
+
+use std::io::{self, IsTerminal, Write, stdout};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use candor::manifest::Manifest;
+use candor::media::{Source, SourceOptions, Windows};
+use candor::observation::Observation;
+use candor::text::Sampling;
+use candor::watch::{Policy, Report, WatchSettings, Watcher};
+use candor_kernels::cpu::CpuDevice;
+use clap::Args;
+
+use crate::folders;
+use crate::terminal;
+
+/// Exit status of a program that an interrupt ended.
+const INTERRUPTED: i32 = 130;
+
+#[derive(Args)]
+pub(crate) struct WatchArgs {
+    /// A file, v4l2:/dev/video0, rtsp://…, test, or gst:<pipeline>.
+    source: String,
+    /// Folder of the model; else $CANDOR_MODEL, else models/default here or above the program.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Folder of the verifier; else the one that the model names, else as --model with default-verifier.
+    #[arg(long, value_name = "DIR")]
+    verifier: Option<PathBuf>,
+    /// Print a JSON line for each window (docs/observation.schema.json).
+    #[arg(long)]
+    json: bool,
+    /// Also write a page with frames, chart and rationales.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// What to do about rationales that are not verified: annotate, retry:N, guide:N or withhold.
+    #[arg(long, default_value_t = Policy::Annotate)]
+    policy: Policy,
+    /// Seed of the random numbers.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Warmth of the writing; 0 always takes the most probable token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Share of the probability that is drawn from, where it is warm.
+    #[arg(long, default_value_t = 0.9)]
+    top_p: f32,
+    /// Length of a window in seconds; else the model's.
+    #[arg(long, value_name = "S")]
+    window: Option<f64>,
+    /// Seconds from one window's start to the next's; else the model's.
+    #[arg(long, value_name = "S")]
+    step: Option<f64>,
+    /// Threads; one for each core if not given.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+pub(crate) fn run(args: WatchArgs) -> Result<()> {
+    let stop = stop_on_interrupt()?;
+    let folder = folders::model(args.model.clone())?;
+    let verifier = match &args.verifier {
+        None if Manifest::open(&folder)?.model.verifier.is_some() => None,
+        named => Some(folders::verifier(named.clone())?),
+    };
+    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let settings = WatchSettings { policy: args.policy, sampling, fit: None };
+    let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
+    let windows = watcher.windows(args.window, args.step)?;
+    let source = Source::open(&args.source, SourceOptions::default())?;
+    let name = source.name();
+
+    let mut report = args.html.map(Report::create).transpose()?;
+    let output = Output { json: args.json, colour: terminal::colour(stdout().is_terminal()) };
+    let watched = (|| -> Result<()> {
+        for window in Windows::new(source, windows) {
+            let window = window?;
+            let observation = watcher.observe(&name, &window)?;
+            if let Some(report) = &mut report {
+                report.push(&observation, &window.frames)?;
+            }
+            if !output.print(&observation).context("standard output")? || stop.load(Ordering::SeqCst) {
+                break;
+            }
+        }
+        Ok(())
+    })();
+    // The page keeps what was seen before a failure.
+    let finished = report.map(Report::finish).transpose();
+    watched?;
+    finished?;
+    Ok(())
+}
+
+/// The first interrupt ends the run after the window at hand; the second ends it at once.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::SeqCst) {
+            std::process::exit(INTERRUPTED);
+        }
+    })
+    .context("interrupts cannot be caught")?;
+    Ok(stop)
+}
+
+struct Output {
+    json: bool,
+    colour: bool,
+}
+
+impl Output {
+    /// Prints a line and flushes it, so that a reader has it at once and a failure loses none. False where nobody reads
+    /// any more.
+    fn print(&self, observation: &Observation) -> io::Result<bool> {
+        let mut line = match self.json {
+            true => serde_json::to_string(observation)?,
+            false => terminal::line(observation, self.colour),
+        };
+        line.push('\n');
+        let mut out = stdout().lock();
+        match out.write_all(line.as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}

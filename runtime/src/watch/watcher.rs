@@ -1,0 +1,332 @@
+//! A model, its verifier and a policy, opened and ready to say what a window shows.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candor_kernels::Device;
+
+use super::policy::{Policy, PolicyError, Task, write_reason};
+use crate::manifest::{Manifest, ManifestError};
+use crate::media::face::{FaceDetector, FaceError, WindowFace};
+use crate::media::resize::{PixelLayout, Preprocess, PreprocessError};
+use crate::media::sampling::SettingsError;
+use crate::media::{FaceCrop, Fit, Frame, Window, WindowSettings};
+use crate::model::{LanguageModel, Model, ModelError, Piece, Rows, Session};
+use crate::observation::{
+    Face, Identity, Observation, PolicyRecord, Probabilities, Span, StageTimes, Times, Tokens, VERSION, WindowSpan,
+};
+use crate::text::automaton::ANSWER_OPEN;
+use crate::text::labels::LabelError;
+use crate::text::{
+    ChatTemplate, Grammar, GrammarError, LabelScorer, LabelSearch, PromptPiece, Sampling, TemplateError, Tokenizer,
+    TokenizerError,
+};
+use crate::verify::{Emotion, Verdict, Verifier, VerifierError};
+
+/// Places in the key-value cache beyond the prompt and the completion, for spelling labels behind it.
+const SPELLING_ROOM: usize = 64;
+
+/// Why a window cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WatchError {
+    /// The model's manifest.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer, of the decoder or of the instruction gate.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The chat template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The label set or the token budget.
+    #[error("{folder}: {source}", folder = folder.display())]
+    Grammar {
+        /// The model's folder.
+        folder: PathBuf,
+        /// What is wrong with them.
+        source: GrammarError,
+    },
+    /// The verifier.
+    #[error(transparent)]
+    Verifier(#[from] VerifierError),
+    /// The model does not say which verifier reads its rationales.
+    #[error("{folder}: candor.toml has no model.verifier; name a verifier with --verifier", folder = folder.display())]
+    NoVerifier {
+        /// The model's folder.
+        folder: PathBuf,
+    },
+    /// The instruction gate's tokenizer is not there.
+    #[error("{folder}: no folder with the tokenizer of the instruction gate's BERT (mm_bert_model in config.json)", folder = folder.display())]
+    NoGateTokenizer {
+        /// The model's folder.
+        folder: PathBuf,
+    },
+    /// The face detector.
+    #[error(transparent)]
+    Face(#[from] FaceError),
+    /// The frames do not fit the model.
+    #[error(transparent)]
+    Pixels(#[from] PreprocessError),
+    /// The labels could not be scored.
+    #[error(transparent)]
+    Labels(#[from] LabelError),
+    /// The rationale could not be written or read.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+}
+
+/// What a user decides.
+#[derive(Clone, Copy, Debug)]
+pub struct WatchSettings {
+    /// What is done about rationales that are not verified.
+    pub policy: Policy,
+    /// How tokens are chosen; the seed is the run's, each window adds its number.
+    pub sampling: Sampling,
+    /// How a frame becomes a square, where it is not to be as the manifest says.
+    pub fit: Option<Fit>,
+}
+
+impl Default for WatchSettings {
+    fn default() -> Self {
+        WatchSettings { policy: Policy::Annotate, sampling: Sampling::GREEDY, fit: None }
+    }
+}
+
+/// Reads windows, one after the other.
+pub struct Watcher<D: Device> {
+    settings: WatchSettings,
+    manifest: Manifest,
+    identity: Identity,
+    emotions: Vec<Emotion>,
+    model: Model<D>,
+    session: Session<D>,
+    features: Rows<D>,
+    video: Rows<D>,
+    prompt: Vec<PromptPiece>,
+    gate_ids: Vec<u32>,
+    answer_opening: Vec<u32>,
+    grammar: Grammar,
+    scorer: LabelScorer,
+    preprocess: Preprocess,
+    /// Where the fit is the face.
+    faces: Option<(FaceDetector, FaceCrop)>,
+    verifier: Verifier<D>,
+    verifier_identity: Identity,
+}
+
+impl<D: Device> Watcher<D> {
+    /// Opens a model's folder, and its verifier's: `verifier`, or the one that the model's manifest names.
+    pub fn open(
+        folder: &Path,
+        verifier: Option<&Path>,
+        device: D,
+        settings: WatchSettings,
+    ) -> Result<Watcher<D>, WatchError> {
+        let manifest = Manifest::open(folder)?;
+        let verifier = match verifier {
+            Some(verifier) => verifier.to_path_buf(),
+            None => manifest.verifier_folder().ok_or_else(|| WatchError::NoVerifier { folder: folder.into() })?,
+        };
+        let verifier = Verifier::open(&verifier, device.clone())?;
+        let model = Model::open(folder, device)?;
+        let config = model.config();
+
+        let tokenizer = Tokenizer::open(folder)?;
+        let instruction = &manifest.model.instruction;
+        let prompt = ChatTemplate::open(folder, &tokenizer)?.prompt(&tokenizer, instruction, false)?;
+        let gate_folder = config.bert_folder.clone();
+        let gate_folder = gate_folder.ok_or_else(|| WatchError::NoGateTokenizer { folder: folder.into() })?;
+        let gate_ids = Tokenizer::open(&gate_folder)?.encode_sequence(instruction, config.bert.positions)?;
+
+        let table = std::sync::Arc::new(tokenizer.token_table(config.decoder.vocabulary)?);
+        let (labels, max_new_tokens) = (&manifest.model.labels, manifest.model.max_new_tokens);
+        let grammar_error = |source| WatchError::Grammar { folder: folder.into(), source };
+        let grammar = Grammar::new(table.clone(), labels, max_new_tokens).map_err(grammar_error)?;
+        let scorer = LabelScorer::new(table, labels).map_err(grammar_error)?;
+
+        let video_tokens = config.frames * config.tokens_a_frame();
+        let positions =
+            prompt.iter().map(|piece| if let PromptPiece::Text(ids) = piece { ids.len() } else { video_tokens });
+        let capacity = positions.sum::<usize>() + max_new_tokens + SPELLING_ROOM;
+        let session = model.session(capacity.min(config.decoder.positions))?;
+
+        let input = &manifest.input;
+        let fit = settings.fit.unwrap_or(input.fit);
+        let faces = match fit {
+            Fit::Face => Some((FaceDetector::new()?, FaceCrop::new(input.face_margin, input.face_shift)?)),
+            _ => None,
+        };
+        let side = config.vision.image;
+        Ok(Watcher {
+            settings,
+            identity: manifest.identity_record()?,
+            emotions: manifest.emotions(),
+            preprocess: Preprocess { side, fit, detail: input.detail, grey: input.grey },
+            features: model.rows()?,
+            video: model.rows()?,
+            answer_opening: tokenizer.encode(ANSWER_OPEN)?,
+            verifier_identity: verifier.identity()?,
+            session,
+            model,
+            prompt,
+            gate_ids,
+            grammar,
+            scorer,
+            faces,
+            verifier,
+            manifest,
+        })
+    }
+
+    /// The model's manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model<D> {
+        &self.model
+    }
+
+    /// How a stream is to be cut for this model; `None` takes the manifest's times.
+    pub fn windows(&self, window_s: Option<f64>, step_s: Option<f64>) -> Result<WindowSettings, SettingsError> {
+        let input = &self.manifest.input;
+        WindowSettings::new(
+            self.model.config().frames,
+            window_s.unwrap_or(input.window_s),
+            step_s.unwrap_or(input.step_s),
+        )
+    }
+
+    /// Says what a window shows. `source` is named in the observation.
+    pub fn observe(&mut self, source: &str, window: &Window) -> Result<Observation, WatchError> {
+        let started = Instant::now();
+        let mut lap = Lap(started);
+        let mut times = StageTimes::default();
+        let mut observation = self.nothing_seen(source, window);
+
+        let squares = match &mut self.faces {
+            None => Vec::new(),
+            Some((detector, crop)) => {
+                let Some(face) = detector.find(&window.frames)? else {
+                    times.pixels = lap.take();
+                    times.total = milliseconds(started);
+                    observation.times.stages_ms = times;
+                    return Ok(observation);
+                };
+                observation.faces =
+                    window.frames.iter().enumerate().map(|(i, frame)| face_in(i, &face, frame)).collect();
+                crop.squares(&face, &window.frames)
+            }
+        };
+        let frames = self.model.config().frames;
+        let pixels = self.preprocess.pixels(&window.frames, &squares, frames, PixelLayout::ChannelsFirst)?;
+        times.pixels = lap.take();
+
+        let gate = self.model.gate(&self.gate_ids)?;
+        self.model.vision_features(&pixels, &mut self.features)?;
+        self.model.video_tokens(&self.features, gate, &mut self.video)?;
+        times.vision = lap.take();
+
+        let pieces: Vec<Piece<'_, D>> = self
+            .prompt
+            .iter()
+            .map(|piece| match piece {
+                PromptPiece::Text(ids) => Piece::Tokens(ids),
+                // The prompt was asked for without a place for sound.
+                PromptPiece::Video | PromptPiece::Audio => Piece::Rows(&self.video),
+            })
+            .collect();
+        self.session.start(&pieces)?;
+        times.prefill = lap.take();
+
+        let search = LabelSearch::default();
+        let fast = self.scorer.score_fast(&mut self.session, &self.answer_opening, &search)?;
+        times.probabilities = lap.take();
+
+        let prompt = self.session.position();
+        let sampling = Sampling { seed: observation.seed, ..self.settings.sampling };
+        let answer = self.manifest.model.answer;
+        let (grammar, scorer, emotions) = (&self.grammar, &self.scorer, self.emotions.as_slice());
+        let task = Task { grammar, scorer, search, emotions, fast: &fast, answer, sampling };
+        let reason = write_reason(self.settings.policy, &task, &mut self.session, &mut self.verifier)?;
+        let after_ms = reason.probabilities_time.as_secs_f64() * 1e3;
+        times.verify = reason.verify_time.as_secs_f64() * 1e3;
+        times.decode = lap.take() - times.verify - after_ms;
+        times.probabilities += after_ms;
+
+        let labels = self.grammar.labels();
+        observation.label = Some(labels[reason.label].clone());
+        observation.probabilities = Some(Probabilities::new(labels, &reason.after.probabilities));
+        observation.fast_probabilities = Some(Probabilities::new(labels, &fast.probabilities));
+        observation.verdict = reason.assessment.verdict;
+        if !reason.record.withheld {
+            observation.rationale = Some(reason.completion.rationale);
+            observation.sentences = reason.assessment.sentences;
+        }
+        observation.policy = reason.record;
+        let generated = reason.completion.tokens.len();
+        observation.tokens = Tokens { prompt, generated, extra: reason.extra_tokens };
+        times.total = milliseconds(started);
+        observation.times.stages_ms = times;
+        Ok(observation)
+    }
+
+    /// The observation of a window without a face.
+    fn nothing_seen(&self, source: &str, window: &Window) -> Observation {
+        let seed = self.settings.sampling.seed.wrapping_add(window.index);
+        Observation {
+            version: VERSION,
+            source: source.to_string(),
+            window: WindowSpan {
+                index: window.index,
+                start_s: window.start_s,
+                end_s: window.end_s,
+                frames: window.frames.len(),
+            },
+            faces: Vec::new(),
+            label: None,
+            answer: self.manifest.model.answer,
+            probabilities: None,
+            fast_probabilities: None,
+            rationale: None,
+            sentences: Vec::new(),
+            verdict: Verdict::Empty,
+            policy: PolicyRecord::of(self.settings.policy.name(), self.settings.policy.n()),
+            model: self.identity.clone(),
+            verifier: self.verifier_identity.clone(),
+            seed,
+            tokens: Tokens::default(),
+            times: Times {
+                monotonic: Span { start_s: window.start_monotonic_s, end_s: window.end_monotonic_s },
+                wall: Span::of_wall(window.start_wall, window.end_wall),
+                stages_ms: StageTimes::default(),
+            },
+        }
+    }
+}
+
+fn face_in(index: usize, face: &WindowFace, frame: &Frame) -> Face {
+    let found = face.in_frame(frame);
+    Face { frame: index, x: found.x, y: found.y, width: found.width, height: found.height, score: found.score }
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Times stages that follow one another.
+struct Lap(Instant);
+
+impl Lap {
+    /// Milliseconds since the last stage ended.
+    fn take(&mut self) -> f64 {
+        let spent = milliseconds(self.0);
+        self.0 = Instant::now();
+        spent
+    }
+}
