@@ -5,13 +5,14 @@
 use super::checkpoint;
 use super::curves::RunLog;
 use super::encoder::{Affine, BERT_NAMES, Encoder, EncoderBuffers, EncoderSize, NormPlace, Sequences};
+use super::export;
 use super::ops;
 use super::optimiser::AdamW;
 use super::parameters::{Plan, Treatment, read_tensors};
 use super::schedule::{Decay, Schedule};
 use super::tower::stop_on_interrupt;
+use crate::quantise::{self, Stored};
 use anyhow::{Context, bail, ensure};
-use candle_core::DType;
 use candor::verify::emotions::GO_EMOTIONS;
 use candor::verify::read_labels;
 use rand::seq::SliceRandom;
@@ -585,17 +586,28 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
         ));
         log.draw("verifier", &["dev_macro_f1", "dev_macro_f1_paper_rule", "held_out_agreement"])?;
     }
-    write_verifier(&verifier, &values, threshold, args)?;
-    log.say(&format!("wrote {}", args.out.join("verifier").display()));
+    let folder = args.out.join("verifier");
+    write_verifier(&verifier, &values, threshold, &tokenizer_path, &folder)?;
+    log.say(&format!("wrote {}", folder.display()));
     Ok(())
 }
 
-/// The tuned verifier as a folder that transformers and Candor open.
-fn write_verifier(verifier: &Verifier, values: &[f32], threshold: f32, args: &VerifierArgs) -> anyhow::Result<()> {
-    let folder = args.out.join("verifier");
-    std::fs::create_dir_all(&folder)?;
-    let tensors = verifier.plan.tensors(values, DType::F16, |name| Some(name.to_owned()))?;
-    checkpoint::write_tensors(&folder.join("model.safetensors"), &tensors)?;
+/// The tuned verifier as a folder that Candor opens: matrices and word vectors as int8 rows, all else in f16.
+fn write_verifier(
+    verifier: &Verifier,
+    values: &[f32],
+    threshold: f32,
+    tokenizer: &Path,
+    folder: &Path,
+) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let mut records = Vec::new();
+    for entry in verifier.plan.entries() {
+        let kind = if entry.range == verifier.words { "words.weight" } else { &entry.name };
+        let stored = Stored::new(kind, &entry.shape, &values[entry.range.clone()]);
+        records.extend(export::lay_down(entry.name.clone(), &entry.shape, stored));
+    }
+    checkpoint::write_atomically(&folder.join("model.safetensors"), &export::file_of(&records)?)?;
     let config = &verifier.config;
     let id2label: serde_json::Map<String, serde_json::Value> =
         GO_EMOTIONS.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
@@ -617,11 +629,12 @@ fn write_verifier(verifier: &Verifier, values: &[f32], threshold: f32, args: &Ve
         "layer_norm_eps": config.layer_norm_eps,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": "float16",
+        "quantization_config": quantise::config(),
         "id2label": id2label,
         "label2id": label2id,
     });
     checkpoint::write_atomically(&folder.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())?;
-    std::fs::copy(args.base.join("tokenizer.json"), folder.join("tokenizer.json"))?;
+    checkpoint::write_atomically(&folder.join("tokenizer.json"), &std::fs::read(tokenizer)?)?;
     let manifest = format!(
         "[model]\nname = \"candor-default-verifier\"\nversion = \"1\"\n\n[verifier]\nthreshold = {threshold:.2}\n"
     );
@@ -634,6 +647,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::train::parameters::check_gradients;
+    use candor::model::Classifier;
+    use candor_kernels::cpu::CpuDevice;
 
     fn config() -> BertConfig {
         BertConfig {
@@ -677,6 +692,37 @@ mod tests {
         let mut gradients = vec![0.0; values.len()];
         verifier.backward(&values, &mut gradients, Some(4), &mut worker);
         check_gradients(&verifier.plan, &mut values, &gradients, |values| loss(values, &mut worker));
+    }
+
+    #[test]
+    fn the_training_forward_pass_is_the_runtimes() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = folder.path().join("words.json");
+        std::fs::write(&tokenizer, "{}").unwrap();
+        // Wide enough that matrices are stored as int8 rows.
+        let config = BertConfig { hidden_size: 72, vocab_size: 60, ..config() };
+        let verifier = Verifier::new(config).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let mut values: Vec<f32> = (0..verifier.plan.len()).map(|_| rng.random_range(-0.3..0.3)).collect();
+        for entry in verifier.plan.entries() {
+            let own = &mut values[entry.range.clone()];
+            let kind = if entry.range == verifier.words { "words.weight" } else { &entry.name };
+            own.copy_from_slice(&Stored::new(kind, &entry.shape, own).values());
+        }
+        let written = folder.path().join("verifier");
+        write_verifier(&verifier, &values, 0.25, &tokenizer, &written).unwrap();
+        let mut classifier = Classifier::open(&written, CpuDevice::new(Some(1))).unwrap();
+        assert_eq!(classifier.labels(), GO_EMOTIONS);
+        let ids = [vec![1, 5, 9, 2], vec![1, 7, 40, 59, 3, 2]];
+        let examples = ids.each_ref().map(|ids| Example { ids: ids.clone(), labels: [false; LABELS] });
+        let mut worker = Worker::default();
+        verifier.forward(&values, &examples.each_ref(), None, &mut worker);
+        for (ids, trained) in ids.iter().zip(worker.logits.chunks_exact(LABELS)) {
+            let run = classifier.logits(ids).unwrap();
+            assert!(run.iter().zip(trained).all(|(a, b)| (a - b).abs() < 1e-3), "{run:?} {trained:?}");
+        }
+        let manifest = candor::manifest::Manifest::open(&written).unwrap();
+        assert_eq!(manifest.verifier.threshold, Some(0.25));
     }
 
     #[test]
