@@ -11,6 +11,8 @@ use super::{DecodeError, LanguageModel, ModelError, Rows};
 
 /// Positions that are computed at once. Longer inputs go through in runs of this length, which bounds the buffers.
 const RUN: usize = 128;
+/// Positions whose logits are computed at once where all are wanted; vocabularies are large.
+const HEAD_RUN: usize = 32;
 
 struct Layer<D: Device> {
     attention_norm: D::Weight,
@@ -196,15 +198,20 @@ impl<D: Device> Session<D> {
         Ok(&self.logits)
     }
 
-    /// The logits `[vocabulary]` behind any position in the cache.
-    pub fn logits_at(&mut self, position: usize) -> Result<Vec<f32>, ModelError> {
-        if position >= self.position {
-            let reason = format!("{position} is not among the {} in the cache", self.position);
-            return Err(ModelError::input("position", reason));
+    /// The logits behind each of the positions in the cache, `[positions, vocabulary]`. For comparisons: it takes
+    /// memory of its own.
+    pub fn all_logits(&self) -> Result<Vec<f32>, ModelError> {
+        let Decoder { device, config, head, .. } = &*self.decoder;
+        let DecoderConfig { width, vocabulary, .. } = *config;
+        let mut states = allocate(device, &[HEAD_RUN, width])?;
+        let mut scores = allocate(device, &[HEAD_RUN, vocabulary])?;
+        let mut logits = vec![0.0; self.position * vocabulary];
+        for (i, out) in logits.chunks_mut(HEAD_RUN * vocabulary).enumerate() {
+            let rows = out.len() / vocabulary;
+            device.copy(&self.states, i * HEAD_RUN * width, &mut states, 0, rows * width)?;
+            device.linear(&states, rows, head, None, Activation::Identity, &mut scores)?;
+            device.read(&scores, 0, out)?;
         }
-        let mut logits = vec![0.0; self.logits.len()];
-        self.head(position)?;
-        self.decoder.device.read(&self.head_out, 0, &mut logits)?;
         Ok(logits)
     }
 
@@ -285,16 +292,12 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// The output head over the state of `position`, into `head_out`.
-    fn head(&mut self, position: usize) -> Result<(), DeviceError> {
-        let Decoder { device, config, head, .. } = &*self.decoder;
-        device.copy(&self.states, position * config.width, &mut self.last, 0, config.width)?;
-        device.linear(&self.last, 1, head, None, Activation::Identity, &mut self.head_out)
-    }
-
+    /// The output head over the state of the last position.
     fn compute_logits(&mut self) -> Result<(), DeviceError> {
-        self.head(self.position - 1)?;
-        self.decoder.device.read(&self.head_out, 0, &mut self.logits)
+        let Decoder { device, config, head, .. } = &*self.decoder;
+        device.copy(&self.states, (self.position - 1) * config.width, &mut self.last, 0, config.width)?;
+        device.linear(&self.last, 1, head, None, Activation::Identity, &mut self.head_out)?;
+        device.read(&self.head_out, 0, &mut self.logits)
     }
 }
 

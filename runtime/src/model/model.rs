@@ -34,12 +34,7 @@ impl<D: Device> Model<D> {
     pub fn open(folder: &Path, device: D) -> Result<Self, ModelError> {
         let config = ModelConfig::read(folder)?;
         let main = Checkpoint::open(folder)?;
-        let vision_tower = Tower::find(
-            &main,
-            VISION,
-            config.vision_folder.as_deref(),
-            &["vision_model.", "vision_tower.vision_model."],
-        )?;
+        let vision_tower = Tower::find(&main, VISION, config.vision_folder.as_deref(), &["vision_model."])?;
         let bert_tower = Tower::find(&main, BERT, config.bert_folder.as_deref(), &["bert."])?;
         let audio_tower = match config.audio {
             Some(_) => Tower::find(&main, AUDIO, config.audio_folder.as_deref(), &["model.encoder.", "encoder."])?,

@@ -130,10 +130,7 @@ fn trace_decoder<D: Device>(
     let embeddings = session.embeddings(pieces)?;
     outputs.push(real("out.inputs_embeds", &[positions, model.config().decoder.width], embeddings));
     session.start(pieces)?;
-    let mut logits = Vec::new();
-    for position in 0..positions {
-        logits.extend(session.logits_at(position)?);
-    }
+    let logits = session.all_logits()?;
     outputs.push(real("out.logits", &[positions, session.vocabulary()], logits));
     let mut generated = Vec::new();
     for _ in 0..new_tokens {

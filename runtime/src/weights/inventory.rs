@@ -30,9 +30,8 @@ impl<'a> Inventory<'a> {
     /// Refuses the checkpoint if it holds tensors that were neither read nor are `unneeded` by their names.
     pub fn finish(&self, unneeded: impl Fn(&str) -> bool) -> Result<(), WeightsError> {
         let taken = self.taken.borrow();
-        let left = |name: &&str| {
-            !taken.contains(*name) && !quantisation::is_scale(self.checkpoint, name) && !unneeded(without_scale(name))
-        };
+        let left =
+            |name: &&str| !taken.contains(*name) && !quantisation::is_scale(self.checkpoint, name) && !unneeded(name);
         let count = self.checkpoint.names().filter(left).count();
         if count == 0 {
             return Ok(());
@@ -96,9 +95,4 @@ impl<'a> Part<'a> {
         };
         if self.inventory.checkpoint.contains(&old) { old } else { full }
     }
-}
-
-/// The name of the weight that a scale belongs to, or the name itself.
-fn without_scale(name: &str) -> &str {
-    name.strip_suffix("_scale").unwrap_or(name)
 }

@@ -1,6 +1,7 @@
 //! `candor trace`: the stages of a model on given tensors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::Context;
 use candor::model::trace::{Output, Values, trace_classifier, trace_model};
@@ -41,8 +42,14 @@ pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
     let inputs = Checkpoint::open_file(&args.inputs)?;
     let outputs = match (&args.model, &args.verifier) {
         (Some(folder), _) => {
+            let start = Instant::now();
             let mut model = Model::open(folder, device)?;
-            trace_model(&mut model, &inputs, args.new_tokens)?
+            let opened = start.elapsed().as_secs_f64() * 1e3;
+            println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, memory());
+            let start = Instant::now();
+            let outputs = trace_model(&mut model, &inputs, args.new_tokens)?;
+            println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), memory());
+            outputs
         }
         (None, Some(folder)) => trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?,
         (None, None) => anyhow::bail!("give --model or --verifier"),
@@ -50,7 +57,7 @@ pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
     write(&outputs, &args.out)
 }
 
-fn write(outputs: &[Output], path: &std::path::Path) -> anyhow::Result<()> {
+fn write(outputs: &[Output], path: &Path) -> anyhow::Result<()> {
     let bytes: Vec<Vec<u8>> = outputs.iter().map(Output::bytes).collect();
     let mut views = Vec::new();
     for (output, bytes) in outputs.iter().zip(&bytes) {
@@ -62,4 +69,16 @@ fn write(outputs: &[Output], path: &std::path::Path) -> anyhow::Result<()> {
         views.push((output.name, TensorView::new(dtype, output.shape.clone(), bytes)?));
     }
     safetensors::serialize_to_file(views, None, path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// What the system says of this process's memory: own pages, pages of mapped files, and the peak of both.
+fn memory() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let wanted = [("RssAnon:", "own"), ("RssFile:", "of files"), ("VmHWM:", "peak")];
+    let figures = wanted.map(|(key, name)| {
+        let kilobytes =
+            status.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok());
+        kilobytes.map_or_else(|| format!("{name} unknown"), |kb| format!("{} MB {name}", kb / 1000))
+    });
+    format!("resident: {}", figures.join(", "))
 }
