@@ -78,7 +78,8 @@ fn the_models_are_sealed_and_small() {
 
 #[test]
 fn the_benchmark_gives_every_figure() {
-    let report: Value = serde_json::from_str(&candor(&["bench", "--runs", "1", "--tokens", "4", "--json"])).expect("JSON");
+    let report: Value =
+        serde_json::from_str(&candor(&["bench", "--runs", "1", "--tokens", "4", "--json"])).expect("JSON");
     for figure in [
         "/open/ms",
         "/vision/frames_per_s",
