@@ -218,6 +218,10 @@ fn start_endless(models: &Models) -> (Child, BufReader<std::process::ChildStdout
     let mut reader = BufReader::new(child.stdout.take().expect("it is piped"));
     let mut line = String::new();
     reader.read_line(&mut line).expect("a line");
+    if line.is_empty() {
+        let output = child.wait_with_output().expect("it ends");
+        panic!("it ended: {}", String::from_utf8_lossy(&output.stderr));
+    }
     serde_json::from_str::<Observation>(&line).expect("an observation");
     (child, reader)
 }
