@@ -102,6 +102,8 @@ pub struct Manifest {
     pub model: ModelSection,
     /// How it wants its pictures.
     pub input: InputSection,
+    /// What a verifier adds.
+    pub verifier: VerifierSection,
     /// sha256 of every other file in the folder, by path relative to it.
     pub files: BTreeMap<String, String>,
     #[serde(skip)]
@@ -138,6 +140,15 @@ pub enum Answer {
     Fast,
     /// Those after the rationale.
     After,
+}
+
+/// `[verifier]`
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifierSection {
+    /// Probability above which it has a label at its best over all labels, chosen on its training part. For
+    /// evaluation: rationales are read by the paper's rule.
+    pub threshold: Option<f32>,
 }
 
 /// `[input]`
@@ -245,6 +256,11 @@ impl Manifest {
             ("input.face_shift", !(-0.5..=0.5).contains(&input.face_shift), "is not within -0.5 to 0.5"),
             ("input.detail", input.detail.is_some_and(|side| !(4..=4096).contains(&side)), "is not within 4 to 4096"),
             ("input.window_s", !(0.05..=3600.0).contains(&input.window_s), "is not within 0.05 to 3600"),
+            (
+                "verifier.threshold",
+                self.verifier.threshold.is_some_and(|threshold| !(0.0..=1.0).contains(&threshold)),
+                "is not within 0 to 1",
+            ),
             ("input.step_s", !(0.05..=3600.0).contains(&input.step_s), "is not within 0.05 to 3600"),
         ];
         if let Some((key, _, reason)) = faults.into_iter().find(|fault| fault.1) {

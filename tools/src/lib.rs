@@ -2,6 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod data;
+pub mod eval;
+pub mod eval_verifier;
 pub mod files;
 pub mod quantise;
 pub mod train;
+pub mod workers;

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 use candor_tools::data::{self, DataCommand};
+use candor_tools::eval::{self, EvalArgs};
+use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -21,6 +23,10 @@ enum Command {
     /// Train a part of the model.
     #[command(subcommand)]
     Train(TrainCommand),
+    /// Measure a model on labelled faces.
+    Eval(EvalArgs),
+    /// Measure a verifier on sentences whose emotions are known.
+    EvalVerifier(EvalVerifierArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -28,5 +34,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Data(command) => data::run(command),
         Command::Train(command) => train::run(command),
+        Command::Eval(args) => eval::run(&args),
+        Command::EvalVerifier(args) => eval_verifier::run(&args),
     }
 }

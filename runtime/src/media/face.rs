@@ -13,7 +13,7 @@ use super::resize::{Square, luma, resize_bicubic};
 const DETECTOR: &[u8] = include_bytes!("../../../models/face/seeta_fd_frontal_v1.0.bin");
 
 /// Longer side of the picture that the detector looks at; larger frames are reduced to it.
-const WORK_SIDE: usize = 320;
+const WORK_SIDE: usize = 240;
 
 /// Frames with a longer side below this are enlarged to it.
 const SMALLEST_WORK_SIDE: usize = 160;
@@ -22,7 +22,7 @@ const SMALLEST_WORK_SIDE: usize = 160;
 const DETECTOR_SIDE: usize = 40;
 
 /// Smallest face looked for, in pixels of the reduced picture.
-const SMALLEST_FACE: u32 = 36;
+const SMALLEST_FACE: u32 = 26;
 
 /// Score from which a detection counts as a face.
 const SCORE_THRESHOLD: f64 = 2.0;

@@ -379,3 +379,235 @@ fn valid_prefix(bytes: &[u8]) -> &str {
         Err(error) => std::str::from_utf8(&bytes[..error.valid_up_to()]).unwrap_or(""),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::text::automaton::TAGS;
+    use crate::text::sampling::Sampling;
+    use crate::text::token_table::TokenTable;
+    use crate::text::tokenizer::Tokenizer;
+    use crate::text::toy::{STRADDLING, ToyModel, labels, table, table_with_bytes};
+
+    fn sampler(temperature: f32, seed: u64) -> Sampler {
+        Sampler::new(Sampling { temperature, top_p: 0.95, seed }).expect("the settings are in range")
+    }
+
+    /// A tokenizer of whole characters.
+    fn characters() -> Arc<TokenTable> {
+        let all: Vec<String> = " \n</>.!abcdefghijklmnopqrstuvwxyzéß悲しい😀".chars().map(String::from).collect();
+        table(&all.iter().map(String::as_bytes).collect::<Vec<_>>())
+    }
+
+    fn trained() -> Arc<TokenTable> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/text/qwen2_json");
+        let tokenizer = Tokenizer::open(&folder).expect("the fixture is sound");
+        Arc::new(tokenizer.token_table(tokenizer.vocabulary() + 5).expect("the fixture has an end of turn"))
+    }
+
+    fn tables() -> [Arc<TokenTable>; 4] {
+        [table_with_bytes(&[]), table_with_bytes(&STRADDLING), characters(), trained()]
+    }
+
+    /// Checks a completion against the definition, by strings alone.
+    fn check(completion: &Completion, grammar: &Grammar, budget: usize) {
+        let text = format!("<think>{}</think>\n<answer>{}</answer>", completion.rationale, completion.label);
+        assert_eq!(completion.text, text);
+        assert!(!completion.rationale.trim().is_empty(), "{text:?}");
+        assert!(!TAGS.iter().any(|tag| completion.rationale.contains(tag)), "{text:?}");
+        assert_eq!(grammar.labels()[completion.label_index], completion.label);
+        assert!(completion.tokens.len() <= budget, "{} tokens of {budget}", completion.tokens.len());
+        let (end, written) = completion.tokens.split_last().expect("a completion has tokens");
+        assert_eq!(*end, grammar.table().end_of_turn());
+        let bytes: Vec<u8> = written.iter().flat_map(|&id| grammar.table().bytes(id).to_vec()).collect();
+        assert_eq!(bytes, text.as_bytes());
+        assert!(completion.forced_tokens <= completion.tokens.len());
+    }
+
+    #[test]
+    fn every_completion_has_the_format_and_ends_in_time() {
+        let labels = labels();
+        for (kind, table) in tables().into_iter().enumerate() {
+            let minimum = Grammar::new(Arc::clone(&table), &labels, 500).expect("the table can close").minimum();
+            for budget in [minimum, minimum + 1, minimum + 7, 120] {
+                let grammar = Grammar::new(Arc::clone(&table), &labels, budget).expect("the budget is enough");
+                for seed in 0..12 {
+                    let spread = [0.0, 1.0, 20.0][seed as usize % 3];
+                    let mut model = ToyModel::random(table.vocabulary(), 500, seed, spread);
+                    let temperature = if seed % 4 == 0 { 0.0 } else { 1.0 };
+                    let generator = Generator::new(&mut model, &grammar, sampler(temperature, seed));
+                    let completion = generator.and_then(Generator::finish);
+                    let completion = completion.unwrap_or_else(|error| panic!("table {kind}, seed {seed}: {error}"));
+                    check(&completion, &grammar, budget);
+                    assert_eq!(completion.tokens_written, completion.tokens.len());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wilful_models_are_held_to_the_format() {
+        let labels = labels();
+        let table = table_with_bytes(&STRADDLING);
+        let vocabulary = table.vocabulary();
+        let grammar = Grammar::new(Arc::clone(&table), &labels, 80).expect("the budget is enough");
+        let wants = |id: u32| {
+            ToyModel::new(vocabulary, 200, &[0], move |_| {
+                (0..vocabulary as u32).map(|other| if other == id { 30.0 } else { 0.0 }).collect()
+            })
+        };
+        // The end of the turn, a letter, the begin of a tag, tokens over every border.
+        let favourites = [table.end_of_turn(), u32::from(b'a'), u32::from(b'<'), u32::from(b' '), 0xE6];
+        for id in favourites.into_iter().chain(256..table.end_of_turn()) {
+            for temperature in [0.0, 1.0] {
+                let mut model = wants(id);
+                let generator = Generator::new(&mut model, &grammar, sampler(temperature, u64::from(id)));
+                let completion = generator.and_then(Generator::finish).expect("any logits give a completion");
+                check(&completion, &grammar, 80);
+            }
+        }
+        let mut never_closes = wants(u32::from(b'a'));
+        let generator = Generator::new(&mut never_closes, &grammar, sampler(0.0, 0));
+        let completion = generator.and_then(Generator::finish).expect("any logits give a completion");
+        assert_eq!(completion.finish, FinishReason::Budget);
+        assert_eq!(completion.tokens.len(), 80);
+    }
+
+    /// A model that writes one text, byte by byte.
+    fn scripted(table: &TokenTable, text: &'static [u8]) -> ToyModel {
+        let vocabulary = table.vocabulary();
+        ToyModel::new(vocabulary, 500, &[0, 0], move |cache| {
+            let next = text.get(cache.len() - 2).map_or(vocabulary - 1, |&byte| usize::from(byte));
+            (0..vocabulary).map(|id| if id == next { 20.0 } else { 0.0 }).collect()
+        })
+    }
+
+    #[test]
+    fn what_the_model_wants_is_written_where_the_grammar_lets_it() {
+        let text = "<think>The eyes are wide. Öh, fear? a < b.</think>\n<answer>angry man</answer>";
+        let table = table_with_bytes(&[]);
+        let grammar = Grammar::new(Arc::clone(&table), &labels(), 500).expect("the budget is enough");
+        let mut model = scripted(&table, text.as_bytes());
+        let mut generator = Generator::new(&mut model, &grammar, sampler(0.0, 0)).expect("the model fits");
+        let mut rationales = Vec::new();
+        while let Some(step) = generator.step().expect("the model is sound") {
+            assert!(text.starts_with(generator.text()), "{:?}", generator.text());
+            if step.phase == Phase::Rationale {
+                rationales.push(generator.rationale().to_string());
+            }
+        }
+        assert!(rationales.iter().all(|rationale| "The eyes are wide. Öh, fear? a < b.".starts_with(rationale)));
+        let completion = generator.finish().expect("the turn has ended");
+        assert_eq!(completion.text, text);
+        assert_eq!(completion.finish, FinishReason::Natural);
+        // All of `<think>`, then `/think>\n<answer>` behind `<`, `er` of no other label, `</answer>` and the end.
+        assert!(completion.forced_tokens > 30, "{}", completion.forced_tokens);
+        assert!(model.appends <= completion.tokens.len() - 30, "{} calls", model.appends);
+        assert_eq!(model.cache().len(), model.position());
+    }
+
+    #[test]
+    fn rolling_back_restores_everything() {
+        let table = table_with_bytes(&STRADDLING);
+        let grammar = Grammar::new(Arc::clone(&table), &labels(), 90).expect("the budget is enough");
+        for seed in 0..20u64 {
+            let mut plain = ToyModel::random(table.vocabulary(), 200, seed, 4.0);
+            let generator = Generator::new(&mut plain, &grammar, sampler(0.0, 0)).expect("the model fits");
+            let expected = generator.finish().expect("the model is sound");
+
+            let mut model = ToyModel::random(table.vocabulary(), 200, seed, 4.0);
+            let mut generator = Generator::new(&mut model, &grammar, sampler(0.0, 0)).expect("the model fits");
+            let begin = generator.checkpoint();
+            for _ in 0..10 {
+                generator.step().expect("the model is sound");
+            }
+            let middle = generator.checkpoint();
+            let (text, remaining) = (generator.text().to_string(), generator.remaining());
+            generator.run().expect("the model is sound");
+            let after = generator.checkpoint();
+            let first = generator.written[10].token;
+
+            // Without a ban a greedy model writes the same again.
+            assert!(generator.rollback(&middle, false).expect("the checkpoint is part of the text"));
+            assert_eq!((generator.text(), generator.remaining()), (text.as_str(), remaining));
+            generator.run().expect("the model is sound");
+            assert_eq!(generator.checkpoint(), after);
+
+            // With one it cannot, and the next ban adds to the first.
+            let mut banned = vec![first];
+            while generator.rollback(&middle, true).expect("the checkpoint is part of the text") {
+                generator.step().expect("the model is sound");
+                let token = generator.written[10].token;
+                assert!(!banned.contains(&token), "{token} was banned");
+                banned.push(token);
+                if banned.len() > 5 {
+                    break;
+                }
+            }
+            generator.run().expect("the model is sound");
+            assert!(generator.tokens_written() > generator.tokens());
+
+            // Going back to the start forgets the later bans.
+            generator.rollback(&begin, false).expect("the checkpoint is part of the text");
+            assert!(matches!(generator.rollback(&middle, false), Err(GenerateError::Checkpoint { tokens: 10 })));
+            let completion = generator.finish().expect("the model is sound");
+            assert_eq!((&completion.text, &completion.tokens), (&expected.text, &expected.tokens));
+            check(&completion, &grammar, 90);
+            let held = model.position() - 1;
+            assert_eq!(model.cache()[1..], completion.tokens[..held], "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn the_cache_bounds_the_budget() {
+        let table = table_with_bytes(&[]);
+        let grammar = Grammar::new(Arc::clone(&table), &labels(), 500).expect("the budget is enough");
+        let minimum = grammar.minimum();
+        for capacity in [minimum, minimum + 9] {
+            let mut model = ToyModel::random(table.vocabulary(), capacity, 1, 1.0);
+            let generator = Generator::new(&mut model, &grammar, sampler(1.0, 1)).expect("the cache is enough");
+            check(&generator.finish().expect("the cache is enough"), &grammar, capacity);
+        }
+        let mut model = ToyModel::random(table.vocabulary(), minimum - 1, 1, 1.0);
+        let error = Generator::new(&mut model, &grammar, sampler(1.0, 1)).err().expect("the cache is too small");
+        assert!(matches!(error, GenerateError::Grammar(GrammarError::Budget { .. })), "{error}");
+        let mut model = ToyModel::random(table.vocabulary() + 1, 500, 1, 1.0);
+        let error = Generator::new(&mut model, &grammar, sampler(1.0, 1)).err().expect("the vocabularies differ");
+        assert!(matches!(error, GenerateError::Vocabulary { .. }), "{error}");
+        let mut model = ToyModel::new(table.vocabulary(), 500, &[0], move |_| vec![f32::NAN; 257]);
+        let broken = Generator::new(&mut model, &grammar, sampler(1.0, 1)).and_then(Generator::finish);
+        let error = broken.expect_err("the logits are no numbers");
+        assert!(matches!(error, GenerateError::Sampling(SamplingError::NotFinite { .. })), "{error}");
+    }
+
+    #[test]
+    fn label_probabilities_leave_the_text_as_it_is() {
+        for table in [table_with_bytes(&[]), table_with_bytes(&STRADDLING), trained()] {
+            let grammar = Grammar::new(Arc::clone(&table), &labels(), 90).expect("the budget is enough");
+            let scorer = LabelScorer::new(Arc::clone(&table), &labels()).expect("the labels are sound");
+            for seed in 0..4u64 {
+                let mut model = ToyModel::random(table.vocabulary(), 200, seed, 2.0);
+                let mut generator = Generator::new(&mut model, &grammar, sampler(1.0, seed)).expect("the model fits");
+                let search = LabelSearch::default();
+                let early = generator.label_probabilities(&scorer, &search);
+                assert!(matches!(early, Err(GenerateError::NoAnswerYet)));
+                generator.run().expect("the model is sound");
+                let text = generator.text().to_string();
+                let scored = generator.label_probabilities(&scorer, &search).expect("the labels can be spelled");
+                let again = generator.label_probabilities(&scorer, &search).expect("the labels can be spelled");
+                assert_eq!(scored, again);
+                assert!((scored.probabilities.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+                let completion = generator.finish().expect("the turn has ended");
+                assert_eq!(completion.text, text);
+                // The cache was left where the labels were scored from: at a token's end before that of the tag.
+                let tag = text.find("<answer>").expect("the format") + "<answer>".len();
+                let held: usize = model.cache()[1..].iter().map(|&id| table.bytes(id).len()).sum();
+                assert!(held < tag, "{held} {tag}");
+                assert_eq!(model.cache()[1..], completion.tokens[..model.cache().len() - 1]);
+            }
+        }
+    }
+}

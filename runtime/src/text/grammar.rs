@@ -106,14 +106,13 @@ impl Mask {
     }
 
     /// The allowed ids, ascending.
-    pub fn iter(&self) -> Box<dyn Iterator<Item = u32> + '_> {
+    pub fn iter(&self) -> AllowedIds<'_> {
         match self {
-            Mask::Few(ids) => Box::new(ids.iter().copied()),
-            Mask::Many { bits, .. } => Box::new(bits.iter().zip(0u32..).flat_map(|(&word, index)| {
-                std::iter::successors(Some(word), |word| Some(word & (word - 1)))
-                    .take_while(|&word| word != 0)
-                    .map(move |word| index * 64 + word.trailing_zeros())
-            })),
+            Mask::Few(ids) => AllowedIds { few: ids.iter(), bits: &[], word: 0, first: 0 },
+            Mask::Many { bits, .. } => {
+                let (&word, bits) = bits.split_first().unwrap_or((&0, &[]));
+                AllowedIds { few: [].iter(), bits, word, first: 0 }
+            }
         }
     }
 
@@ -122,6 +121,33 @@ impl Mask {
             Mask::Few(ids) => ids.len() * 4,
             Mask::Many { bits, .. } => bits.len() * 8,
         }
+    }
+}
+
+/// The ids a [`Mask`] allows, ascending.
+#[derive(Debug, Clone)]
+pub struct AllowedIds<'a> {
+    few: std::slice::Iter<'a, u32>,
+    /// Words of bits behind `word`.
+    bits: &'a [u64],
+    /// Bits not handed out yet, of the ids from `first` on.
+    word: u64,
+    first: u32,
+}
+
+impl Iterator for AllowedIds<'_> {
+    type Item = u32;
+
+    #[inline]
+    fn next(&mut self) -> Option<u32> {
+        while self.word == 0 {
+            let Some((&word, bits)) = self.bits.split_first() else { return self.few.next().copied() };
+            (self.word, self.bits) = (word, bits);
+            self.first += 64;
+        }
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Some(self.first + bit)
     }
 }
 
@@ -337,4 +363,171 @@ fn closing_lengths(automaton: &Automaton, table: &TokenTable) -> Vec<usize> {
 pub fn parse(text: &str) -> Option<(&str, &str)> {
     let (rationale, answer) = text.strip_prefix("<think>")?.split_once("</think>\n<answer>")?;
     Some((rationale, answer.strip_suffix(ANSWER_CLOSE)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::text::toy::{STRADDLING, labels, table, table_with_bytes};
+
+    /// The definition, by strings alone: whether a text begins a member of the language.
+    fn begins(text: &[u8], labels: &[String]) -> bool {
+        if b"<think>".starts_with(text) {
+            return true;
+        }
+        let Some(body) = text.strip_prefix(b"<think>") else { return false };
+        let close = body.windows(8).position(|window| window == b"</think>");
+        let rationale = &body[..close.unwrap_or(body.len())];
+        let valid = match std::str::from_utf8(rationale) {
+            Ok(_) => rationale,
+            Err(error) if close.is_none() && error.error_len().is_none() => &rationale[..error.valid_up_to()],
+            Err(_) => return false,
+        };
+        let valid = std::str::from_utf8(valid).expect("checked above");
+        if TAGS.iter().any(|tag| valid.contains(tag)) {
+            return false;
+        }
+        let Some(close) = close else { return true };
+        let rest = &body[close + 8..];
+        let ends = labels.iter().any(|label| format!("\n<answer>{label}</answer>").as_bytes().starts_with(rest));
+        ends && !valid.trim().is_empty()
+    }
+
+    fn is_complete(text: &[u8], labels: &[String]) -> bool {
+        begins(text, labels)
+            && labels.iter().any(|label| text.ends_with(format!("\n<answer>{label}</answer>").as_bytes()))
+    }
+
+    /// The definition, by trying every token: fewest tokens to the end, up to `limit`.
+    fn closing(
+        text: &[u8],
+        limit: usize,
+        tokens: &[&[u8]],
+        labels: &[String],
+        known: &mut HashMap<(Vec<u8>, usize), bool>,
+    ) -> bool {
+        if is_complete(text, labels) {
+            return limit >= 1;
+        }
+        if limit < 2 {
+            return false;
+        }
+        if let Some(&known) = known.get(&(text.to_vec(), limit)) {
+            return known;
+        }
+        let closes = tokens.iter().any(|token| {
+            let longer = [text, token].concat();
+            begins(&longer, labels) && closing(&longer, limit - 1, tokens, labels, known)
+        });
+        known.insert((text.to_vec(), limit), closes);
+        closes
+    }
+
+    #[test]
+    fn masks_are_exactly_the_definition() {
+        let labels = ["x", "xy", "é"].map(String::from);
+        let tokens: [&[u8]; 15] = [
+            b"<think>",
+            b"<think>a",
+            b" ",
+            b"</think>\n",
+            b"<answer>",
+            b".</",
+            b"think>\n<answer>x",
+            b"y",
+            b"</answer>",
+            b"</",
+            b"answer>",
+            b"\xC3",
+            b"\xA9",
+            b"\xA9</answer>",
+            b"<",
+        ];
+        let table = table(&tokens);
+        let grammar = Grammar::new(table, &labels, 6).expect("the tokens can close");
+        assert_eq!(grammar.minimum(), 5, "<think>a, .</, think>…x, </answer>, end");
+        let mut known = HashMap::new();
+        let mut open = vec![(Vec::new(), grammar.start(), 6usize)];
+        let mut checked = 0;
+        while let Some((text, state, remaining)) = open.pop() {
+            let mask = grammar.mask(state, remaining);
+            for (id, token) in (0u32..).zip(tokens) {
+                let longer = [&text[..], token].concat();
+                let allowed = begins(&longer, &labels) && closing(&longer, remaining - 1, &tokens, &labels, &mut known);
+                let shown = String::from_utf8_lossy(&longer);
+                assert_eq!(mask.contains(id), allowed, "{shown:?} with {remaining} left");
+                checked += 1;
+                if allowed {
+                    let next = grammar.advance(state, id).expect("an allowed token advances");
+                    open.push((longer, next, remaining - 1));
+                }
+            }
+            assert_eq!(mask.contains(15), is_complete(&text, &labels), "the end of the turn after {text:?}");
+        }
+        assert!(checked > 500, "only {checked} tokens were checked");
+    }
+
+    #[test]
+    fn closing_lengths_hold_for_every_table() {
+        let labels = labels();
+        for table in [table_with_bytes(&[]), table_with_bytes(&STRADDLING)] {
+            let grammar = Grammar::new(table, &labels, 500).expect("bytes can spell everything");
+            // From any state, always taking a token that keeps the budget ends exactly in time.
+            let mut state = grammar.start();
+            let mut remaining = grammar.minimum();
+            loop {
+                let mask = grammar.mask(state, remaining);
+                assert!(mask.count() > 0);
+                let id = mask.iter().next().expect("a mask is never empty");
+                assert!(mask.contains(id));
+                remaining -= 1;
+                let Some(next) = grammar.advance(state, id) else { break };
+                assert_eq!(grammar.closing_length(next), Some(remaining));
+                state = next;
+            }
+            assert_eq!(remaining, 0);
+            assert_eq!(grammar.phase(state), Phase::Complete);
+        }
+    }
+
+    #[test]
+    fn masks_list_what_they_contain() {
+        for (ids, vocabulary) in
+            [(vec![5, 3, 70], 1000usize), ((0..150).step_by(2).collect(), 151), (vec![0, 63, 64], 66)]
+        {
+            let mask = Mask::new(ids.clone(), vocabulary);
+            let mut sorted = ids.clone();
+            sorted.sort_unstable();
+            assert_eq!(mask.iter().collect::<Vec<_>>(), sorted);
+            assert_eq!(mask.count(), ids.len());
+            assert!((0..vocabulary as u32 + 200).all(|id| mask.contains(id) == ids.contains(&id)));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_refused() {
+        let happy = vec!["happy".to_string()];
+        let bytes = table_with_bytes(&[]);
+        let new = |labels: &[&str]| {
+            let labels: Vec<String> = labels.iter().map(ToString::to_string).collect();
+            Grammar::new(Arc::clone(&bytes), &labels, 100).err()
+        };
+        assert_eq!(new(&[]), Some(GrammarError::NoLabels));
+        for labels in [&[""][..], &[" x"], &["x\n"], &["x", "x"], &["a</answer>b"], &["<think>"]] {
+            assert!(matches!(new(labels), Some(GrammarError::Label { .. })), "{labels:?}");
+        }
+        let long = "x".repeat(20_000);
+        assert!(matches!(new(&[&long]), Some(GrammarError::TooManyLabels { .. })));
+        assert_eq!(new(&["a<b", "a", "</answer", "ü 😀"]), None);
+        let minimum = "<think>a</think>\n<answer>happy</answer>".len() + 1;
+        let small = Grammar::new(Arc::clone(&bytes), &happy, minimum - 1).err();
+        assert_eq!(small, Some(GrammarError::Budget { budget: minimum - 1, minimum }));
+        let toothless = table(&[b"<think>", b"a", b"</think>\n<answer>", b"sad", b"</answer>"]);
+        assert_eq!(Grammar::new(toothless, &happy, 100).err(), Some(GrammarError::CannotClose));
+        let outside = Arc::new(TokenTable::new(10, 10, [(0, b"a")]));
+        let error = Grammar::new(outside, &happy, 100).err();
+        assert_eq!(error, Some(GrammarError::EndOfTurn { id: 10, vocabulary: 10 }));
+    }
 }

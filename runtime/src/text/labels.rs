@@ -334,3 +334,174 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::toy::{STRADDLING, ToyModel, labels, table, table_with_bytes};
+
+    /// The definition, by trying every token sequence: probability of each label behind `rest`, not normalised.
+    fn brute_force(model: &mut ToyModel, table: &TokenTable, rest: &[u8], labels: &[String]) -> Vec<f64> {
+        let mut found = vec![0.0; labels.len()];
+        follow(model, table, rest, labels, &mut Vec::new(), 1.0, &mut found);
+        found
+    }
+
+    fn follow(
+        model: &mut ToyModel,
+        table: &TokenTable,
+        rest: &[u8],
+        labels: &[String],
+        text: &mut Vec<u8>,
+        probability: f64,
+        found: &mut [f64],
+    ) {
+        let logits: Vec<f64> = model.logits().iter().map(|&logit| f64::from(logit)).collect();
+        let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
+        let position = model.position();
+        for id in 0..table.vocabulary() as u32 {
+            let bytes = table.bytes(id);
+            if bytes.is_empty() {
+                continue;
+            }
+            let length = text.len();
+            text.extend_from_slice(bytes);
+            let probability = probability * logits[id as usize].exp() / total;
+            let possible: Vec<usize> = (0..labels.len())
+                .filter(|&label| [rest, labels[label].as_bytes(), b"</answer>"].concat().starts_with(text))
+                .collect();
+            match possible[..] {
+                [] => {}
+                [label] if text.len() > rest.len() + labels[label].len() => found[label] += probability,
+                _ => {
+                    model.append(&[id]).expect("the cache is large");
+                    follow(model, table, rest, labels, text, probability, found);
+                    model.truncate(position).expect("the position is in the cache");
+                }
+            }
+            text.truncate(length);
+        }
+    }
+
+    fn odd_table() -> Arc<TokenTable> {
+        let tokens: [&[u8]; 20] = [
+            b">",
+            b">s",
+            b"s",
+            b"a",
+            b"d",
+            b"sa",
+            b"ad",
+            b"sad",
+            b"ness",
+            b"n",
+            b"es",
+            b"s</",
+            b"<",
+            b"</answer>",
+            b"ness<",
+            b"d<",
+            b"<x",
+            b"x<",
+            b"x",
+            b"an",
+        ];
+        table(&tokens)
+    }
+
+    #[test]
+    fn probabilities_are_those_of_all_spellings() {
+        let labels: Vec<String> = ["sad", "sadness", "sad<x", "an"].map(String::from).to_vec();
+        let table = odd_table();
+        let scorer = LabelScorer::new(Arc::clone(&table), &labels).expect("the labels are sound");
+        let everything = LabelSearch { tolerance: 0.0, max_steps: 10_000 };
+        for seed in 0..10 {
+            for rest in [&b""[..], b">"] {
+                let mut model = ToyModel::random(table.vocabulary(), 50, seed, 3.0);
+                let expected = brute_force(&mut model, &table, rest, &labels);
+                let scored = scorer.score(&mut model, rest, &everything).expect("the labels can be spelled");
+                assert_eq!(model.position(), 1, "the cache is as it was");
+                assert_eq!(scored.unexplored, 0.0);
+                let mass: f64 = expected.iter().sum();
+                assert!((scored.mass / mass - 1.0).abs() < 1e-12, "{} {mass}", scored.mass);
+                for (found, expected) in scored.probabilities.iter().zip(&expected) {
+                    assert!((found - expected / mass).abs() < 1e-12, "{scored:?} {expected}");
+                }
+
+                // A search cut short is off by no more than it says.
+                for max_steps in 0..25 {
+                    let search = LabelSearch { tolerance: 1e-3, max_steps };
+                    let Ok(scored) = scorer.score(&mut model, rest, &search) else { continue };
+                    assert!(scored.steps <= max_steps);
+                    for (found, expected) in scored.probabilities.iter().zip(&expected) {
+                        let missing = expected - found * scored.mass;
+                        assert!((-1e-12..=scored.unexplored + 1e-12).contains(&missing), "{max_steps}: {missing}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_label_is_heard_within_few_steps() {
+        let table = table_with_bytes(&STRADDLING);
+        let scorer = LabelScorer::new(Arc::clone(&table), &labels()).expect("the labels are sound");
+        let mut model = ToyModel::random(table.vocabulary(), 100, 5, 8.0);
+        let search = LabelSearch { tolerance: 1e-6, max_steps: 40 };
+        let scored = scorer.score(&mut model, b"", &search).expect("the labels can be spelled");
+        assert!(scored.probabilities.iter().all(|&probability| probability > 0.0), "{scored:?}");
+        assert!(scored.steps <= 40);
+    }
+
+    #[test]
+    fn the_fast_answer_is_scored_behind_its_tag() {
+        let table = table_with_bytes(&STRADDLING);
+        let labels = labels();
+        let scorer = LabelScorer::new(Arc::clone(&table), &labels).expect("the labels are sound");
+        let search = LabelSearch { tolerance: 1e-4, max_steps: 500 };
+        let opening: Vec<u32> = b"<answer>".iter().map(|&byte| u32::from(byte)).collect();
+        let mut model = ToyModel::random(table.vocabulary(), 100, 6, 5.0);
+        let fast = scorer.score_fast(&mut model, &opening, &search).expect("the labels can be spelled");
+        assert_eq!(model.cache(), [0]);
+        model.append(&opening[..7]).expect("the cache is large");
+        let same = scorer.score(&mut model, b">", &search).expect("the labels can be spelled");
+        assert_eq!(fast, same);
+        assert_eq!(fast.probabilities[fast.best()], fast.probabilities.iter().copied().fold(0.0, f64::max));
+        assert!(matches!(scorer.score_fast(&mut model, &[], &search), Err(LabelError::NoOpening)));
+    }
+
+    #[test]
+    fn a_sure_model_gives_a_sure_label_in_few_steps() {
+        let table = table_with_bytes(&[b"happy", b"</", b"sad", b"anger"]);
+        let vocabulary = table.vocabulary();
+        let labels: Vec<String> = ["happy", "sad"].map(String::from).to_vec();
+        let scorer = LabelScorer::new(Arc::clone(&table), &labels).expect("the labels are sound");
+        // Writes `happy` with odds of e^20, then `</`.
+        let mut model = ToyModel::new(vocabulary, 100, &[0], move |cache| {
+            let next = if cache.len() == 1 { 256 } else { 257 };
+            (0..vocabulary).map(|id| if id == next { 20.0 } else { 0.0 }).collect()
+        });
+        let scored = scorer.score(&mut model, b"", &LabelSearch::default()).expect("the labels can be spelled");
+        assert!(scored.probabilities[0] > 0.999_999 && scored.steps <= 4, "{scored:?}");
+        assert!(scored.mass > 0.999_99);
+    }
+
+    #[test]
+    fn what_cannot_be_scored_is_an_error() {
+        let table = odd_table();
+        assert!(LabelScorer::new(Arc::clone(&table), &[]).is_err());
+        let labels = vec!["unspellable".to_string()];
+        let scorer = LabelScorer::new(Arc::clone(&table), &labels).expect("the label is sound");
+        let mut model = ToyModel::random(table.vocabulary(), 50, 1, 1.0);
+        let error = scorer.score(&mut model, b"", &LabelSearch::default()).expect_err("no token spells u");
+        assert!(matches!(error, LabelError::NoLabel { .. }), "{error}");
+        let scorer = LabelScorer::new(Arc::clone(&table), &["sad".to_string()]).expect("the label is sound");
+        let mut model = ToyModel::new(table.vocabulary(), 50, &[0], |_| vec![f32::NAN; 21]);
+        let error = scorer.score(&mut model, b"", &LabelSearch::default()).expect_err("the logits are no numbers");
+        assert!(matches!(error, LabelError::Logits(_)), "{error}");
+        // A full cache leaves branches unexplored and says so.
+        let mut model = ToyModel::random(table.vocabulary(), 2, 1, 1.0);
+        let scored = scorer.score(&mut model, b"", &LabelSearch::default()).expect("one step fits");
+        assert!(scored.unexplored > 0.0 && model.position() == 1);
+    }
+}

@@ -16,7 +16,7 @@ pub(crate) mod toy;
 
 pub use automaton::Phase;
 pub use generate::{Checkpoint, Completion, FinishReason, GenerateError, Generator, Passage, Step};
-pub use grammar::{Grammar, GrammarError, Mask};
+pub use grammar::{AllowedIds, Grammar, GrammarError, Mask};
 pub use labels::{LabelProbabilities, LabelScorer, LabelSearch};
 pub use sampling::{Sampler, Sampling, SamplingError};
 pub use template::{ChatTemplate, Message, PromptPiece, TemplateError};

@@ -8,6 +8,10 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::grammar::Mask;
 
+/// Exponents below this are taken for impossible: even 100 000 such tokens together are less likely than the smallest
+/// random number, and most of a large vocabulary need not be computed.
+const NEGLIGIBLE: f64 = -50.0;
+
 /// Why no token could be chosen.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -103,7 +107,8 @@ impl Sampler {
         let temperature = f64::from(self.settings.temperature);
         let mut total = 0.0;
         for (_, weight) in &mut self.candidates {
-            *weight = exponential((*weight - greatest) / temperature);
+            let exponent = (*weight - greatest) / temperature;
+            *weight = if exponent < NEGLIGIBLE { 0.0 } else { exponential(exponent) };
             total += *weight;
         }
         if self.settings.top_p < 1.0 {
@@ -151,6 +156,17 @@ pub(crate) fn check_finite(logits: &[f32]) -> Result<(), SamplingError> {
     }
 }
 
+/// Coefficients of the exponential series, 1/0! to 1/14!: for arguments up to ln(2) / 2 the rest is below 1e-17.
+const SERIES: [f64; 15] = {
+    let mut series = [1.0; 15];
+    let mut term = 1;
+    while term < series.len() {
+        series[term] = series[term - 1] / term as f64;
+        term += 1;
+    }
+    series
+};
+
 /// e to the power of `x`, for `x` at most 0, to about 1e-15 of its value. The standard library's differs between
 /// platforms in the last bit; this one, made of exactly rounded operations alone, does not.
 pub(crate) fn exponential(x: f64) -> f64 {
@@ -163,10 +179,107 @@ pub(crate) fn exponential(x: f64) -> f64 {
     }
     let power = (x * std::f64::consts::LOG2_E).round();
     let rest = (x - power * LN_2_HIGH) - power * LN_2_LOW;
-    // |rest| <= ln(2) / 2: fourteen terms of the series leave less than 1e-17.
-    let mut sum = 1.0;
-    for term in (1..=14).rev() {
-        sum = 1.0 + rest / f64::from(term) * sum;
-    }
+    let sum = SERIES.iter().rev().fold(0.0, |sum, coefficient| sum * rest + coefficient);
     sum * f64::from_bits(((1023 + power as i64) as u64) << 52)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(temperature: f32, top_p: f32, seed: u64) -> Sampler {
+        Sampler::new(Sampling { temperature, top_p, seed }).expect("the settings are in range")
+    }
+
+    fn all(vocabulary: u32) -> Mask {
+        Mask::Few((0..vocabulary).collect())
+    }
+
+    #[test]
+    fn exponential_is_exact_to_the_last_digits() {
+        for step in 0..70_000 {
+            let x = -f64::from(step) / 100.0;
+            let (ours, theirs) = (exponential(x), x.exp());
+            assert!((ours - theirs).abs() <= 2e-15 * theirs, "{x}: {ours} {theirs}");
+        }
+        assert_eq!(exponential(0.0), 1.0);
+        assert_eq!(exponential(-1e9), 0.0);
+        assert_eq!(exponential(f64::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_greatest_that_is_allowed() {
+        let logits = [1.0, 5.0, 3.0, 5.0, 9.0];
+        let mut greedy = sampler(0.0, 1.0, 0);
+        assert_eq!(greedy.choose(&logits, &all(5), &[]), Ok(4));
+        assert_eq!(greedy.choose(&logits, &all(5), &[4]), Ok(1));
+        assert_eq!(greedy.choose(&logits, &Mask::Few(vec![0, 2]), &[]), Ok(2));
+        let bits = Mask::Many { bits: vec![0b1001], count: 2 };
+        assert_eq!(greedy.choose(&logits, &bits, &[]), Ok(3));
+        assert_eq!(greedy.choose(&logits, &Mask::Few(vec![2]), &[2]), Err(SamplingError::NothingAllowed));
+    }
+
+    #[test]
+    fn shares_follow_the_probabilities() {
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.2f32.ln()];
+        for (temperature, top_p, expected) in [
+            (1.0, 1.0, [0.5, 0.3, 0.2]),
+            (1.0, 0.7, [0.625, 0.375, 0.0]),
+            (1.0, 0.4, [1.0, 0.0, 0.0]),
+            (0.5, 1.0, [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38]),
+        ] {
+            let mut sampler = sampler(temperature, top_p, 7);
+            let mut counts = [0.0f64; 3];
+            for _ in 0..20_000 {
+                counts[sampler.choose(&logits, &all(3), &[]).expect("the logits are finite") as usize] +=
+                    1.0 / 20_000.0;
+            }
+            for (count, expected) in counts.iter().zip(expected) {
+                assert!((count - expected).abs() < 0.015, "{temperature} {top_p}: {counts:?}");
+                assert!(expected > 0.0 || *count == 0.0, "{temperature} {top_p}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_nucleus_is_the_one_of_a_full_sort() {
+        let mut random = ChaCha8Rng::seed_from_u64(3);
+        for _ in 0..200 {
+            let weights: Vec<f64> = (0..50).map(|_| exponential(-f64::from(random.next_u32() % 12))).collect();
+            let total: f64 = weights.iter().sum();
+            let top_p = f64::from(random.next_u32() % 99 + 1) / 100.0;
+            let mut kept: Vec<(u32, f64)> = (0u32..).zip(weights.iter().copied()).collect();
+            let mut expected = kept.clone();
+            expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let mut sum = 0.0;
+            let mut count = 0;
+            while sum < total * top_p {
+                sum += expected[count].1;
+                count += 1;
+            }
+            keep_nucleus(&mut kept, total, top_p);
+            assert_eq!(kept, expected[..count], "top_p {top_p}");
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_tokens_for_ever() {
+        let logits: Vec<f32> = (0..40u16).map(|id| f32::from(id * 37 % 40) / 8.0).collect();
+        let mut sampler = sampler(0.9, 0.95, 42);
+        let drawn: Vec<u32> =
+            (0..16).map(|_| sampler.choose(&logits, &all(40), &[]).expect("the logits are finite")).collect();
+        assert_eq!(drawn, [16, 19, 28, 29, 1, 14, 1, 17, 30, 14, 15, 5, 6, 2, 3, 14]);
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused() {
+        let mut sampler = sampler(1.0, 0.9, 0);
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = sampler.choose(&[0.0, value], &Mask::Few(vec![0]), &[]).expect_err("not finite");
+            assert!(matches!(error, SamplingError::NotFinite { id: 1, .. }), "{error}");
+        }
+        for (temperature, top_p) in [(-1.0, 1.0), (f32::NAN, 1.0), (1.0, 0.0), (1.0, 1.1), (1.0, f32::NAN)] {
+            assert!(Sampler::new(Sampling { temperature, top_p, seed: 0 }).is_err(), "{temperature} {top_p}");
+        }
+    }
 }

@@ -357,3 +357,150 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
     }
     (year, month as u64 + 1, left + 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/text").join(name)
+    }
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::open(&fixture("qwen2_parts")).expect("the fixture is sound")
+    }
+
+    fn golden() -> serde_json::Map<String, Value> {
+        read_object(&fixture("golden.json")).expect("the golden file is JSON").expect("and exists")
+    }
+
+    fn with_template(text: &str) -> Result<ChatTemplate, TemplateError> {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        fs::write(folder.path().join("chat_template.jinja"), text).expect("files can be written");
+        ChatTemplate::open(folder.path(), &tokenizer())
+    }
+
+    #[test]
+    fn templates_render_as_in_transformers() {
+        for case in golden()["templates"].as_array().expect("the golden file is well formed") {
+            let text = |value: &Value| value.as_str().expect("the golden file is well formed").to_string();
+            let turns: Vec<(String, String)> = case["messages"]
+                .as_array()
+                .expect("the golden file is well formed")
+                .iter()
+                .map(|turn| (text(&turn["role"]), text(&turn["content"])))
+                .collect();
+            let messages: Vec<Message<'_>> = turns.iter().map(|(role, content)| Message { role, content }).collect();
+            let template = with_template(&text(&case["template"])).expect("the template is sound");
+            assert_eq!(template.render(&messages).expect("the template renders"), text(&case["text"]));
+        }
+    }
+
+    #[test]
+    fn prompts_are_cut_and_tokenised_as_in_transformers() {
+        let tokenizer = tokenizer();
+        let template = ChatTemplate::open(&fixture("qwen2_parts"), &tokenizer).expect("the fixture is sound");
+        let golden = golden();
+        let prompts = &golden["prompts"];
+        let instruction = prompts["instruction"].as_str().expect("the golden file is well formed");
+        for (audio, name) in [(true, "with_audio"), (false, "without_audio")] {
+            let expected: Vec<PromptPiece> = prompts[name]
+                .as_array()
+                .expect("the golden file is well formed")
+                .iter()
+                .map(|piece| match piece.as_str() {
+                    Some("video") => PromptPiece::Video,
+                    Some(_) => PromptPiece::Audio,
+                    None => PromptPiece::Text(serde_json::from_value(piece.clone()).expect("ids")),
+                })
+                .collect();
+            let pieces = template.prompt(&tokenizer, instruction, audio).expect("the instruction is sound");
+            assert_eq!(pieces, expected);
+        }
+        let error = template.prompt(&tokenizer, "look at <video>", false).expect_err("the place is taken");
+        assert!(matches!(error, TemplateError::Instruction { place: "<video>" }));
+    }
+
+    #[test]
+    fn the_template_is_found_where_checkpoints_put_it() {
+        let tokenizer = tokenizer();
+        let messages = [Message { role: "user", content: "hi" }];
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let rendered = || ChatTemplate::open(folder.path(), &tokenizer).and_then(|template| template.render(&messages));
+        let chatml = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(rendered().expect("the default renders"), chatml);
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("files can be written");
+        write("tokenizer_config.json", r#"{"chat_template": null}"#);
+        assert_eq!(rendered().expect("the default renders"), chatml);
+        write("tokenizer_config.json", r#"{"chat_template": "text {{ messages[0].content }}"}"#);
+        assert_eq!(rendered().expect("the template renders"), "text hi");
+        let named = r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        write("tokenizer_config.json", named);
+        assert_eq!(rendered().expect("the template renders"), "d");
+        write("tokenizer_config.json", r#"{"chat_template": [{"name": "tools", "template": "t"}]}"#);
+        assert!(matches!(rendered(), Err(TemplateError::Template { .. })));
+        write("tokenizer_config.json", r#"{"chat_template": 5}"#);
+        assert!(matches!(rendered(), Err(TemplateError::Template { .. })));
+        write("chat_template.jinja", "own {{ eos_token }}\n");
+        assert_eq!(rendered().expect("the template renders"), "own <|im_end|>");
+    }
+
+    #[test]
+    fn hostile_templates_are_errors() {
+        let messages = [Message { role: "user", content: "hi" }];
+        let doubling = format!(
+            "{{% set ns = namespace(x='xxxxxxxx') %}}{}{{{{ ns.x | length }}}}",
+            "{% set ns.x = ns.x ~ ns.x %}".repeat(60)
+        );
+        let nested = "{% if true %}".repeat(5000);
+        let brackets = format!("{{{{ {}1{} }}}}", "(".repeat(20_000), ")".repeat(20_000));
+        let large = "x".repeat(MAX_TEMPLATE_BYTES + 1);
+        for (case, text) in [
+            ("syntax", "{% for %}"),
+            ("unclosed", "{{ 'a"),
+            ("endless", "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"),
+            ("recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+            ("doubling", &doubling),
+            ("repeated", "{{ 'x' * 99999999999 }}"),
+            ("repeated within bounds", "{% for i in range(9999) %}{% set x = 'x' * 99999999 %}{% endfor %}"),
+            ("nested", &nested),
+            ("brackets", &brackets),
+            ("refused", "{{ raise_exception('only one turn, please') }}"),
+            ("include", "{% include '/etc/passwd' %}"),
+            ("unknown method", "{{ messages[0].content.format_map({}) }}"),
+            ("unknown date", "{{ strftime_now('%Q') }}"),
+            ("large", &large),
+        ] {
+            let result = with_template(text).and_then(|template| template.render(&messages));
+            let error = result.err().unwrap_or_else(|| panic!("{case} was rendered"));
+            assert!(case != "refused" || error.to_string().contains("only one turn, please"), "{error}");
+        }
+        let tokenizer = tokenizer();
+        for text in
+            ["no place", "{{ messages[0].content }}{{ messages[0].content }}", "<audio>{{ messages[0].content }}"]
+        {
+            let template = with_template(text).expect("the template is sound");
+            let error = template.prompt(&tokenizer, "hi", false).expect_err("a place is lost or doubled");
+            assert!(matches!(error, TemplateError::Place { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, expected) in [
+            (0, "Thursday 01 January 1970 00:00:00"),
+            (951_782_400, "Tuesday 29 February 2000 00:00:00"),
+            (1_709_251_199, "Thursday 29 February 2024 23:59:59"),
+            (4_107_542_400, "Monday 01 March 2100 00:00:00"),
+            (253_402_300_799, "Friday 31 December 9999 23:59:59"),
+        ] {
+            let time = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(date(time, "%A %d %B %Y %H:%M:%S").expect("the letters are known"), expected);
+        }
+        let time = UNIX_EPOCH + Duration::from_secs(1_709_251_199);
+        assert_eq!(date(time, "%a %b %y %m 100%%").expect("the letters are known"), "Thu Feb 24 02 100%");
+    }
+}

@@ -618,3 +618,186 @@ fn end_of_turn(
 pub(crate) fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/text").join(name)
+    }
+
+    fn open(name: &str) -> Tokenizer {
+        Tokenizer::open(&fixture(name)).expect("the fixture is sound")
+    }
+
+    fn golden(family: &str) -> Value {
+        let golden = read_object(&fixture("golden.json")).expect("the golden file is JSON").expect("and exists");
+        golden.get(family).expect("the family is in the golden file").clone()
+    }
+
+    /// The texts of a family with the ids that transformers gives them.
+    fn encodings(family: &str) -> Vec<(String, Vec<u32>)> {
+        serde_json::from_value(golden(family)["encodings"].clone()).expect("the golden file is well formed")
+    }
+
+    #[test]
+    fn ids_are_those_of_transformers() {
+        for folder in ["qwen2_parts", "qwen2_json"] {
+            let tokenizer = open(folder);
+            for (text, ids) in encodings("qwen2") {
+                assert_eq!(tokenizer.encode(&text).expect("any text encodes"), ids, "{folder}: {text:?}");
+            }
+        }
+        for (folder, family) in [("roberta_parts", "roberta"), ("bert_vocab", "bert")] {
+            let tokenizer = open(folder);
+            for (text, ids) in encodings(family) {
+                let encoded = tokenizer.encode_sequence(&text, 1000).expect("any text encodes");
+                assert_eq!(encoded, ids, "{folder}: {text:?}");
+                let short = tokenizer.encode_sequence(&text, 4).expect("any text encodes");
+                let expected = if ids.len() > 4 { [&ids[..3], &ids[ids.len() - 1..]].concat() } else { ids };
+                assert_eq!(short, expected, "{folder}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_of_tokens_are_exact() {
+        for folder in ["qwen2_parts", "qwen2_json"] {
+            let tokenizer = open(folder);
+            let golden = golden("qwen2");
+            let expected: Vec<String> = serde_json::from_value(golden["bytes"].clone()).expect("well formed");
+            let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            for (id, expected) in (0u32..).zip(&expected) {
+                assert_eq!(hex(tokenizer.token_bytes(id)), *expected, "{folder}: token {id}");
+                assert_eq!(tokenizer.kind(id), Some(TokenKind::Text));
+            }
+            assert_eq!(tokenizer.vocabulary(), expected.len() + 3);
+            let end = tokenizer.end_of_turn().expect("the fixture has one");
+            assert_eq!(end as usize, expected.len() + 2);
+            assert_eq!(tokenizer.kind(end), Some(TokenKind::Special));
+            assert_eq!(tokenizer.token_id("<|im_end|>"), Some(end));
+            let decoded: Vec<String> = serde_json::from_value(golden["decoded"].clone()).expect("well formed");
+            for ((text, ids), decoded) in encodings("qwen2").iter().zip(decoded) {
+                assert_eq!(tokenizer.decode(ids), decoded, "{text:?}");
+            }
+            let table = tokenizer.token_table(tokenizer.vocabulary()).expect("the fixture has an end of turn");
+            assert!(((end - 2)..=end).all(|id| table.bytes(id).is_empty()), "special tokens are never written");
+            assert_eq!(table.bytes(40), tokenizer.token_bytes(40));
+        }
+    }
+
+    #[test]
+    fn alphabets_are_undone() {
+        for byte in 0..=255u8 {
+            let characters = (0..=0x143u32).filter_map(char::from_u32);
+            let own: Vec<char> = characters.filter(|&character| byte_of(character) == Some(byte)).collect();
+            assert_eq!(own.len(), 1, "{byte}");
+        }
+        assert_eq!(spelling(Alphabet::ByteLevel, "ĠaĊ"), b" a\n");
+        assert_eq!(spelling(Alphabet::ByteLevel, "日本"), "日本".as_bytes());
+        assert_eq!(spelling(Alphabet::SentencePiece, "▁a"), b" a");
+        assert_eq!(spelling(Alphabet::SentencePiece, "<0xE6>"), b"\xE6");
+        assert_eq!(spelling(Alphabet::Plain, "▁a"), "▁a".as_bytes());
+    }
+
+    #[test]
+    fn text_comes_in_whole_characters() {
+        let text = "a é 日本 😀\u{FFFD}!";
+        for size in 1..6 {
+            let mut detokenizer = Detokenizer::default();
+            let mut whole = String::new();
+            for bytes in text.as_bytes().chunks(size) {
+                whole.push_str(&detokenizer.push(bytes));
+                assert!(text.starts_with(&whole));
+            }
+            assert_eq!(whole + &detokenizer.finish(), text);
+        }
+        for broken in [&b"a\xFFb"[..], b"\xE6\x97", b"\xE6\x97a", b"\xF0\x9F\x98", b"\xC3\xC3\xA9", b"\x80\x80"] {
+            let mut detokenizer = Detokenizer::default();
+            let text: String = broken.iter().map(|&byte| detokenizer.push(&[byte])).collect();
+            assert_eq!(text + &detokenizer.finish(), String::from_utf8_lossy(broken), "{broken:?}");
+        }
+    }
+
+    #[test]
+    fn tags_that_are_tokens_may_be_written() {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        for name in ["vocab.json", "merges.txt"] {
+            fs::copy(fixture("qwen2_parts").join(name), folder.path().join(name)).expect("files can be copied");
+        }
+        let bare = Tokenizer::open(folder.path()).expect("Qwen2's own special tokens are taken");
+        let first = bare.token_id("<|endoftext|>").expect("Qwen2's own special tokens are taken");
+        let names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<tool>"];
+        let added: Map<String, Value> = (first..).zip(names).map(|(id, name)| (name.to_string(), json!(id))).collect();
+        fs::write(folder.path().join("added_tokens.json"), json!(added).to_string()).expect("files can be written");
+        let tokenizer = Tokenizer::open(folder.path()).expect("the tokens follow the vocabulary");
+        let table = tokenizer.token_table(first as usize + 5).expect("it has an end of turn");
+        assert_eq!(table.bytes(first + 3), b"<think>");
+        assert_eq!(table.bytes(first + 4), b"");
+        assert_eq!(tokenizer.encode("<think>").expect("any text encodes"), [first + 3]);
+        fs::write(folder.path().join("added_tokens.json"), json!({"<x>": first + 7}).to_string()).expect("writable");
+        let error = Tokenizer::open(folder.path()).expect_err("the id leaves a gap");
+        assert!(matches!(error, TokenizerError::AddedToken { .. }), "{error}");
+    }
+
+    #[test]
+    fn hostile_files_are_errors() {
+        let sound = fs::read_to_string(fixture("qwen2_json/tokenizer.json")).expect("the fixture is there");
+        let vocab = r#"{"a": 0, "b": 1, "ab": 2}"#;
+        let cases: [(&str, &[(&str, &str)]); 19] = [
+            ("nothing", &[]),
+            ("vocab without merges", &[("vocab.json", vocab)]),
+            ("not JSON", &[("tokenizer.json", "{")]),
+            ("cut short", &[("tokenizer.json", &sound[..sound.len() / 2])]),
+            ("no model", &[("tokenizer.json", r#"{"version": "1.0", "added_tokens": []}"#)]),
+            ("deep", &[("tokenizer.json", &"[".repeat(100_000))]),
+            ("huge id", &[("vocab.json", r#"{"a": 4294967295}"#), ("merges.txt", "")]),
+            ("negative id", &[("vocab.json", r#"{"a": -1}"#), ("merges.txt", "")]),
+            ("same id", &[("vocab.json", r#"{"a": 0, "b": 0}"#), ("merges.txt", "")]),
+            ("no words", &[("vocab.txt", "")]),
+            ("no [SEP]", &[("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[MASK]")]),
+            ("one token", &[("vocab.json", vocab), ("merges.txt", "#version: 0.2\nab")]),
+            ("three tokens", &[("vocab.json", vocab), ("merges.txt", "a b c")]),
+            ("unknown token", &[("vocab.json", vocab), ("merges.txt", "a c")]),
+            ("no result", &[("vocab.json", vocab), ("merges.txt", "b a")]),
+            ("config is a list", &[("vocab.json", vocab), ("merges.txt", "a b"), ("tokenizer_config.json", "[]")]),
+            (
+                "added token without id",
+                &[
+                    ("vocab.json", vocab),
+                    ("merges.txt", "a b"),
+                    ("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#),
+                ],
+            ),
+            (
+                "prefix longer than a token",
+                &[(
+                    "tokenizer.json",
+                    r#"{"version": "1.0", "model": {"type": "BPE", "continuing_subword_prefix": "____",
+                        "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}"#,
+                )],
+            ),
+            (
+                "unigram",
+                &[(
+                    "tokenizer.json",
+                    r#"{"version": "1.0", "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}}"#,
+                )],
+            ),
+        ];
+        for (case, files) in cases {
+            let folder = tempfile::tempdir().expect("a folder can be made");
+            for (name, text) in files {
+                fs::write(folder.path().join(name), text).expect("files can be written");
+            }
+            let error = Tokenizer::open(folder.path()).err();
+            assert!(error.is_some(), "{case} was read");
+        }
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        fs::create_dir(folder.path().join("tokenizer.json")).expect("a folder can be made");
+        assert!(matches!(Tokenizer::open(folder.path()), Err(TokenizerError::File { .. })));
+    }
+}

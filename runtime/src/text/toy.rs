@@ -1,5 +1,6 @@
 //! A language model for tests: logits are any function of the tokens so far.
 
+use super::token_table::TokenTable;
 use crate::model::{DecodeError, LanguageModel};
 
 type Rule = Box<dyn Fn(&[u32]) -> Vec<f32>>;
@@ -91,4 +92,49 @@ impl LanguageModel for ToyModel {
         self.logits = (self.rule)(&self.cache);
         Ok(())
     }
+}
+
+/// A token table over these spellings, each single byte besides, and last the token that ends the turn.
+pub(crate) fn table_with_bytes(extra: &[&[u8]]) -> std::sync::Arc<TokenTable> {
+    let bytes: Vec<Vec<u8>> = (0..=255u8).map(|byte| vec![byte]).collect();
+    table(&bytes.iter().map(Vec::as_slice).chain(extra.iter().copied()).collect::<Vec<_>>())
+}
+
+/// A token table over exactly these spellings, and last the token that ends the turn.
+pub(crate) fn table(tokens: &[&[u8]]) -> std::sync::Arc<TokenTable> {
+    let end_of_turn = tokens.len() as u32;
+    std::sync::Arc::new(TokenTable::new(tokens.len() + 1, end_of_turn, (0u32..).zip(tokens)))
+}
+
+/// Tokens that cross every border of the output format, and halves of characters.
+pub(crate) const STRADDLING: [&[u8]; 24] = [
+    b"<think>The",
+    b"<th",
+    b"ink>",
+    b"k> ",
+    b" face",
+    b".</",
+    b".</think>\n<answer>s",
+    b"think>\n<an",
+    b"</think",
+    b">\n<",
+    b"answer",
+    b"swer>h",
+    b"appy</",
+    b">ha",
+    b"ang",
+    b"er</answer>",
+    b"ry man<",
+    b"sad",
+    b"ness",
+    b"\xE6\x82",
+    b"\xB2\xE3\x81",
+    b"\x97\xE3\x81\x84</",
+    b"</answer>",
+    b"<|im_end|>",
+];
+
+/// Labels that are prefixes of each other, share beginnings, or are not ASCII.
+pub(crate) fn labels() -> Vec<String> {
+    ["happy", "sad", "sadness", "anger", "angry man", "悲しい"].map(String::from).to_vec()
 }

@@ -2,7 +2,7 @@
 //! behind the other without padding; each forks into the rationale with its answer and the fast answer, so that the
 //! prompt and its video tokens are computed once for both.
 
-use super::layers::{Fork, GroupedAttention, Projection, Rotary, accumulate, fit, rms_norm, rms_norm_backward, zeros};
+use super::layers::{Fork, GroupedAttention, Projection, Rotary, accumulate, fit, zeros};
 use super::ops::{self, Matrix};
 use super::parameters::{Plan, Treatment};
 use std::ops::Range;
@@ -157,7 +157,7 @@ impl Decoder {
             fit(&mut kept.input, rows * width).copy_from_slice(&last[..rows * width]);
             let x = &mut last[..rows * width];
             let normal1 = fit(&mut kept.normal1, rows * width);
-            rms_norm(x, &values[layer.norm1.clone()], eps, normal1, fit(&mut kept.scales1, rows));
+            ops::rms_norm(x, &values[layer.norm1.clone()], eps, normal1, fit(&mut kept.scales1, rows));
             let qkv = fit(&mut kept.qkv, rows * stride);
             layer.qkv.forward(values, normal1, rows, qkv);
             let bias = &values[layer.qkv_bias.clone()];
@@ -180,20 +180,19 @@ impl Decoder {
             accumulate(x, branch);
             fit(&mut kept.middle, rows * width).copy_from_slice(x);
             let normal2 = fit(&mut kept.normal2, rows * width);
-            rms_norm(x, &values[layer.norm2.clone()], eps, normal2, fit(&mut kept.scales2, rows));
+            ops::rms_norm(x, &values[layer.norm2.clone()], eps, normal2, fit(&mut kept.scales2, rows));
             let wide = fit(&mut kept.wide, rows * 2 * hidden);
             layer.wide.forward(values, normal2, rows, wide);
             let gated = fit(&mut kept.gated, rows * hidden);
             for (wide, gated) in wide.chunks_exact(2 * hidden).zip(gated.chunks_exact_mut(hidden)) {
                 let (gate, up) = wide.split_at(hidden);
-                super::layers::silu(gate, gated);
-                gated.iter_mut().zip(up).for_each(|(g, u)| *g *= u);
+                ops::gated_silu(gate, up, gated);
             }
             layer.down.forward(values, gated, rows, branch);
             accumulate(x, branch);
         }
         let last = &last[..rows * width];
-        rms_norm(last, &values[self.norm.clone()], eps, fit(normal, rows * width), fit(scales, rows));
+        ops::rms_norm(last, &values[self.norm.clone()], eps, fit(normal, rows * width), fit(scales, rows));
     }
 
     /// Logits after some rows of the last forward pass, `[picked, vocabulary]`.
@@ -261,7 +260,7 @@ impl Decoder {
         }
         let gradient = zeros(gradient, rows * width);
         let (weight, sums) = (&values[self.norm.clone()], &mut gradients[self.norm.clone()]);
-        rms_norm_backward(&last[..rows * width], weight, &scales[..rows], normal_gradient, sums, gradient);
+        ops::rms_norm_backward(&last[..rows * width], weight, &scales[..rows], normal_gradient, sums, gradient);
 
         let (attention, stride) = (self.attention(), self.attention().stride());
         for (layer, kept) in self.layers.iter().zip(all).rev() {
@@ -271,17 +270,12 @@ impl Decoder {
             let each = wide_gradient.chunks_exact_mut(2 * hidden).zip(kept.wide.chunks_exact(2 * hidden));
             for ((out, wide), gated) in each.zip(gated_gradient.chunks_exact(hidden)) {
                 let ((gate_gradient, up_gradient), (gate, up)) = (out.split_at_mut(hidden), wide.split_at(hidden));
-                super::layers::silu(gate, up_gradient);
-                for i in 0..hidden {
-                    up_gradient[i] *= gated[i];
-                    gate_gradient[i] = gated[i] * up[i];
-                }
-                super::layers::silu_backward(gate, gate_gradient);
+                ops::gated_silu_backward(gate, up, gated, gate_gradient, up_gradient);
             }
             let branch = fit(branch, rows * width);
             layer.wide.backward(values, gradients, &kept.normal2, rows, wide_gradient, Some(branch), false);
             let (weight, sums) = (&values[layer.norm2.clone()], &mut gradients[layer.norm2.clone()]);
-            rms_norm_backward(&kept.middle[..rows * width], weight, &kept.scales2[..rows], branch, sums, gradient);
+            ops::rms_norm_backward(&kept.middle[..rows * width], weight, &kept.scales2[..rows], branch, sums, gradient);
 
             let mixed_gradient = fit(gated, rows * heads * head_dim);
             layer.out.backward(values, gradients, &kept.mixed, rows, gradient, Some(mixed_gradient), false);
@@ -304,7 +298,7 @@ impl Decoder {
             qkv_gradient.chunks_exact(stride).for_each(|row| accumulate(bias, row));
             layer.qkv.backward(values, gradients, &kept.normal1, rows, qkv_gradient, Some(branch), false);
             let (weight, sums) = (&values[layer.norm1.clone()], &mut gradients[layer.norm1.clone()]);
-            rms_norm_backward(&kept.input[..rows * width], weight, &kept.scales1[..rows], branch, sums, gradient);
+            ops::rms_norm_backward(&kept.input[..rows * width], weight, &kept.scales1[..rows], branch, sums, gradient);
         }
         x_gradient[..rows * width].copy_from_slice(gradient);
         (loss, right)

@@ -210,38 +210,6 @@ pub fn unfold_backward(out_gradient: &[f32], side: usize, channels: usize, clips
     }
 }
 
-/// `out = x / sqrt(mean(x²) + eps) · weight` over each row; keeps the factor of each row in `scales`.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], scales: &mut [f32]) {
-    let width = weight.len();
-    for ((x, out), scale) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(scales) {
-        *scale = 1.0 / (ops::sum(x.iter().map(|x| x * x)) / width as f32 + eps).sqrt();
-        for i in 0..width {
-            out[i] = x[i] * *scale * weight[i];
-        }
-    }
-}
-
-/// Backward of [`rms_norm`]: *adds* to `x_gradient` and `weight_gradient`.
-pub fn rms_norm_backward(
-    x: &[f32],
-    weight: &[f32],
-    scales: &[f32],
-    out_gradient: &[f32],
-    weight_gradient: &mut [f32],
-    x_gradient: &mut [f32],
-) {
-    let width = weight.len();
-    let rows = x.chunks_exact(width).zip(out_gradient.chunks_exact(width)).zip(x_gradient.chunks_exact_mut(width));
-    for (((x, gradient), x_gradient), &scale) in rows.zip(scales) {
-        let along = ops::sum(x.iter().zip(gradient).zip(weight).map(|((x, g), w)| x * g * w));
-        let along = along * scale * scale * scale / width as f32;
-        for i in 0..width {
-            x_gradient[i] += gradient[i] * weight[i] * scale - x[i] * along;
-            weight_gradient[i] += gradient[i] * x[i] * scale;
-        }
-    }
-}
-
 /// Cosine and sine of every rotary angle, `[positions, head_dim / 2]` each (Su et al. 2021, half-split form).
 pub struct Rotary {
     cos: Vec<f32>,

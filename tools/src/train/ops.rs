@@ -406,24 +406,6 @@ impl SelfAttention {
     }
 }
 
-/// Rotary positions in the half-split form of Qwen2 (Su et al. 2021), in place over the first `heads` heads of each
-/// row of `[tokens, stride]`, row `t` at position `t`. Its backward is the turn back: `turn` is 1 forward, -1 backward.
-pub fn rope(x: &mut [f32], stride: usize, heads: usize, head_dim: usize, theta: f32, turn: f32) {
-    let half = head_dim / 2;
-    for (position, row) in x.chunks_exact_mut(stride).enumerate() {
-        for i in 0..half {
-            let frequency = theta.powf(-2.0 * i as f32 / head_dim as f32);
-            let (sin, cos) = (position as f32 * frequency).sin_cos();
-            let sin = sin * turn;
-            for head in row.chunks_exact_mut(head_dim).take(heads) {
-                let (a, b) = (head[i], head[i + half]);
-                head[i] = a * cos - b * sin;
-                head[i + half] = b * cos + a * sin;
-            }
-        }
-    }
-}
-
 /// `out = x / sqrt(mean(x²) + eps) · weight` over each row of `[rows, width]`; keeps each row's factor in `scales`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], scales: &mut [f32]) {
     let width = weight.len();
@@ -493,34 +475,6 @@ pub fn dropout(x: &mut [f32], rate: f32, seed: u32) {
         bits ^= bits >> 16;
         *value *= if bits < bound { 0.0 } else { scale };
     }
-}
-
-/// `out = x · weightᵀ` without a bias: x `[rows, in]`, weight `[out, in]`, out `[rows, out]`.
-pub fn project(x: &[f32], rows: usize, weight: &[f32], inputs: usize, out: &mut [f32]) {
-    let outputs = weight.len() / inputs;
-    multiply(out, rows, outputs, inputs, Matrix::new(x, inputs), Matrix::transposed(weight, inputs), false);
-}
-
-/// Backward of [`project`]: adds to `weight_gradient`; writes `x_gradient`, or adds to it with `accumulate`.
-#[allow(clippy::too_many_arguments)] // the tensors of one product and its two derivatives
-pub fn project_backward(
-    x: &[f32],
-    rows: usize,
-    weight: &[f32],
-    inputs: usize,
-    out_gradient: &[f32],
-    weight_gradient: &mut [f32],
-    x_gradient: Option<&mut [f32]>,
-    accumulate: bool,
-) {
-    let outputs = weight.len() / inputs;
-    let gradient = &out_gradient[..rows * outputs];
-    if let Some(x_gradient) = x_gradient {
-        let (g, w) = (Matrix::new(gradient, outputs), Matrix::new(weight, inputs));
-        multiply(x_gradient, rows, inputs, outputs, g, w, accumulate);
-    }
-    let (g, x) = (Matrix::transposed(gradient, outputs), Matrix::new(x, inputs));
-    multiply(weight_gradient, outputs, inputs, rows, g, x, true);
 }
 
 /// `out[i] = table[ids[i]]`: table `[rows, width]`, out `[ids, width]`. An id outside of the table is the caller's mistake.

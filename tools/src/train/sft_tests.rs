@@ -12,7 +12,9 @@ use crate::data::cold_start::{self, FacesArgs, INSTRUCTION};
 use crate::data::rationale::Cue;
 use crate::quantise::Stored;
 use candle_core::{Device, Tensor};
+use candor::manifest::Manifest;
 use candor::model::{LanguageModel, Model, Piece};
+use candor::text::{Generator, Grammar, PromptPiece, Sampler, Sampling};
 use candor_kernels::cpu::CpuDevice;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -21,6 +23,7 @@ use safetensors::tensor::TensorView;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 const STILLS: usize = 24;
@@ -327,4 +330,19 @@ fn the_training_forward_pass_is_the_runtimes() {
     }
     assert_eq!(expected.len(), (tokens.full.len() + tokens.fast.len() - 1) * vocabulary);
     close("logits", &logits, &expected);
+
+    // The runtime's own tokenizer and chat template make the prompt that was trained on, and its generation from it is
+    // readable.
+    let text = candor::text::Tokenizer::open(&model).unwrap();
+    let template = candor::text::ChatTemplate::open(&model, &text).unwrap();
+    let expected = [PromptPiece::Text(before.to_vec()), PromptPiece::Video, PromptPiece::Text(after.to_vec())];
+    assert_eq!(template.prompt(&text, INSTRUCTION, false).unwrap(), expected);
+    let table = Arc::new(text.token_table(vocabulary).unwrap());
+    let manifest = Manifest::open(&model).unwrap();
+    manifest.check_files().unwrap();
+    let grammar = Grammar::new(table, &manifest.model.labels, 60).unwrap();
+    session.start(&prompt_pieces).unwrap();
+    let sampler = Sampler::new(Sampling::GREEDY).unwrap();
+    let completion = Generator::new(&mut session, &grammar, sampler).unwrap().finish().unwrap();
+    assert!(description.labels.contains(&completion.label), "{completion:?}");
 }

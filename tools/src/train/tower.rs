@@ -1,6 +1,6 @@
 //! `candor-tools train tower`: tunes a pretrained vision transformer on photographs of faces, for the label and for
-//! the measured cues at once, so that its patch features hold what a rationale needs. Small pictures first, the
-//! final size last; each step's batch is split over threads that do not meet before the update.
+//! the measured cues at once, so that its patch features hold what a rationale needs. The pictures may grow from stage
+//! to stage; the tower is written for the last stage's size. Each step's batch is split over threads that do not meet before the update.
 
 use super::checkpoint;
 use super::curves::RunLog;
@@ -11,7 +11,7 @@ use super::optimiser::AdamW;
 use super::parameters::{Plan, Treatment, two};
 use super::schedule::{Decay, Schedule};
 use anyhow::{Context, bail, ensure};
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -24,6 +24,8 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// Name of the table of positions.
+const POSITIONS: &str = "vision_model.embeddings.position_embedding.weight";
 /// Pictures a step.
 const BATCH: usize = 64;
 /// Pictures a worker takes at a time: their activations fit in the caches' reach and the products stay large.
@@ -35,11 +37,9 @@ const WARM_UP: u64 = 60;
 /// Largest norm of a step's gradient.
 const CLIP: f32 = 1.0;
 /// Factor on the learning rate of the label head, which starts from nothing.
-const LABEL_RATE: f32 = 16.0;
+const LABEL_RATE: f32 = 5.0;
 /// Factor on the learning rate of the cue head: so many inputs move together that larger steps would shake the tower.
-const CUES_RATE: f32 = 1.0;
-/// Photographs whose features the heads' inputs are standardised by.
-const STANDARD_COUNT: usize = 768;
+const CUES_RATE: f32 = 0.3;
 /// Steps between two validations.
 const VALIDATE_EVERY: u64 = 100;
 /// Time between two checkpoints.
@@ -79,7 +79,7 @@ pub struct TowerArgs {
     #[arg(long)]
     out: PathBuf,
     /// Stretches of training, SIDE:PASSES each.
-    #[arg(long, value_delimiter = ',', default_value = "84:1.5,112:1.0")]
+    #[arg(long, value_delimiter = ',', default_value = "84:2.0")]
     stages: Vec<Stage>,
     /// Layers of the base that are kept.
     #[arg(long, default_value_t = 11)]
@@ -153,67 +153,6 @@ pub(super) struct Tower {
     norm: Affine,
     label: Affine,
     cues: Affine,
-    label_standard: Standard,
-    cue_standard: Standard,
-}
-
-/// Brings a head's inputs to mean 0 and deviation 1, as the untuned tower gives them: between faces they vary little
-/// about a large common part, from which a head would learn slowly while the tower drifts. Fixed during training,
-/// folded into the head when it is written.
-#[derive(Clone)]
-struct Standard {
-    mean: Vec<f32>,
-    scale: Vec<f32>,
-}
-
-impl Standard {
-    fn none(width: usize) -> Self {
-        Self { mean: vec![0.0; width], scale: vec![1.0; width] }
-    }
-
-    /// From rows `[n, width]`.
-    fn of(rows: &[f32], width: usize) -> Self {
-        let n = (rows.len() / width).max(1) as f32;
-        let (mut mean, mut deviation) = (vec![0.0; width], vec![0.0; width]);
-        for row in rows.chunks_exact(width) {
-            mean.iter_mut().zip(row).for_each(|(sum, x)| *sum += x / n);
-        }
-        for row in rows.chunks_exact(width) {
-            for ((sum, x), mean) in deviation.iter_mut().zip(row).zip(&mean) {
-                *sum += (x - mean) * (x - mean) / n;
-            }
-        }
-        deviation.iter_mut().for_each(|variance| *variance = variance.sqrt());
-        // An input that never varies must not be blown up.
-        let least = (0.1 * deviation.iter().sum::<f32>() / width as f32).max(1e-6);
-        Self { mean, scale: deviation.iter().map(|deviation| 1.0 / deviation.max(least)).collect() }
-    }
-
-    fn apply(&self, rows: &mut [f32]) {
-        for row in rows.chunks_exact_mut(self.mean.len()) {
-            for ((x, mean), scale) in row.iter_mut().zip(&self.mean).zip(&self.scale) {
-                *x = (*x - mean) * scale;
-            }
-        }
-    }
-
-    fn backward(&self, gradients: &mut [f32]) {
-        for row in gradients.chunks_exact_mut(self.scale.len()) {
-            row.iter_mut().zip(&self.scale).for_each(|(g, scale)| *g *= scale);
-        }
-    }
-
-    /// The head on plain inputs that equals `head` on standardised ones.
-    fn fold(&self, values: &mut [f32], head: &Affine) {
-        let width = self.mean.len();
-        let (weight, bias) = two(values, &head.weight, &head.bias);
-        for (row, bias) in weight.chunks_exact_mut(width).zip(bias) {
-            for ((w, mean), scale) in row.iter_mut().zip(&self.mean).zip(&self.scale) {
-                *w *= scale;
-                *bias -= *w * mean;
-            }
-        }
-    }
 }
 
 /// Fixed maps of one picture size.
@@ -334,11 +273,7 @@ impl Tower {
         let treatment = Treatment { decay: true, rate: rate(0) };
         let weight = plan.add(format!("{name}.weight"), &shape, treatment);
         let bias = plan.add(format!("{name}.bias"), &[width], Treatment { decay: false, ..treatment });
-        let positions = plan.add(
-            "vision_model.embeddings.position_embedding.weight",
-            &[grid * grid, width],
-            Treatment { decay: false, ..treatment },
-        );
+        let positions = plan.add(POSITIONS, &[grid * grid, width], Treatment { decay: false, ..treatment });
         let size = EncoderSize {
             width,
             heads: config.num_attention_heads,
@@ -352,9 +287,8 @@ impl Tower {
         let norm = Affine::norm(&mut plan, "vision_model.post_layernorm", width, 1.0);
         let label = Affine::projection(&mut plan, "heads.label", CLASSES, width, LABEL_RATE);
         let cues = Affine::projection(&mut plan, "heads.cues", CUES, CELLS * CELLS * width, CUES_RATE);
-        let (label_standard, cue_standard) = (Standard::none(width), Standard::none(CELLS * CELLS * width));
         let patch = Affine { weight, bias };
-        Ok(Self { config, plan, patch, positions, encoder, norm, label, cues, label_standard, cue_standard })
+        Ok(Self { config, plan, patch, positions, encoder, norm, label, cues })
     }
 
     /// Parameters from the base's file. The heads start small and random; the last norm starts as none, since the
@@ -376,29 +310,6 @@ impl Tower {
         self.plan.scale_rates(values, |name| name.starts_with("vision_model."));
     }
 
-    /// Measures the heads' inputs on the first photographs.
-    fn standardise(&mut self, values: &[f32], faces: &Faces, geometry: &Geometry, workers: &mut [Worker]) {
-        let indices: Vec<usize> = (0..STANDARD_COUNT.min(faces.len())).collect();
-        let share = indices.len().div_ceil(workers.len());
-        let tower = &*self;
-        let rows: Vec<(Vec<f32>, Vec<f32>)> = workers
-            .par_iter_mut()
-            .zip(indices.par_chunks(share))
-            .map(|(worker, indices)| {
-                let (mut pooled, mut cells) = (Vec::new(), Vec::new());
-                for indices in indices.chunks(MICRO_BATCH) {
-                    tower.look(values, geometry, faces, indices, worker);
-                    pooled.extend_from_slice(&worker.pooled);
-                    cells.extend_from_slice(&worker.cells[..indices.len() * tower.cue_standard.mean.len()]);
-                }
-                (pooled, cells)
-            })
-            .collect();
-        let (pooled, cells): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
-        self.label_standard = Standard::of(&pooled.concat(), self.label_standard.mean.len());
-        self.cue_standard = Standard::of(&cells.concat(), self.cue_standard.mean.len());
-    }
-
     /// [`Tower::forward`] of photographs as they are.
     fn look(&self, values: &[f32], geometry: &Geometry, faces: &Faces, indices: &[usize], worker: &mut Worker) {
         let area = geometry.side * geometry.side;
@@ -415,6 +326,17 @@ impl Tower {
         let weight = &values[self.patch.weight.clone()];
         let rows = weight.chunks_exact(3 * area);
         rows.flat_map(|row| (0..area).map(move |i| row[i] + row[area + i] + row[2 * area + i])).collect()
+    }
+
+    /// The positions of a geometry's grid, from the stored grid's: `[grid², width]`.
+    fn grid_positions(&self, values: &[f32], geometry: &Geometry) -> Vec<f32> {
+        let (width, patches) = (self.config.hidden_size, geometry.patches());
+        let stored = self.positions.len() / width;
+        let mut positions = vec![0.0; patches * width];
+        let (map, table) =
+            (Matrix::new(&geometry.positions, stored), Matrix::new(&values[self.positions.clone()], width));
+        ops::multiply_exact(&mut positions, width, patches, width, stored, map, table, false);
+        positions
     }
 
     /// Features, logits and cues of the pictures in `worker.pixels`, which stay in the worker.
@@ -443,11 +365,7 @@ impl Tower {
             &values[self.patch.bias.clone()],
             &mut worker.embedded,
         );
-        let stored = self.positions.len() / width;
-        let mut positions = vec![0.0; patches * width];
-        let (map, table) =
-            (Matrix::new(&geometry.positions, stored), Matrix::new(&values[self.positions.clone()], width));
-        ops::multiply_exact(&mut positions, width, patches, width, stored, map, table, false);
+        let positions = self.grid_positions(values, geometry);
         for picture in worker.embedded.chunks_exact_mut(patches * width) {
             picture.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
         }
@@ -474,8 +392,6 @@ impl Tower {
             let (map, normal) = (Matrix::new(&geometry.cells, patches), Matrix::new(normal, width));
             ops::multiply_exact(out, width, cells, width, patches, map, normal, false);
         }
-        self.label_standard.apply(&mut worker.pooled);
-        self.cue_standard.apply(&mut worker.cells);
         worker.logits.resize(count * CLASSES, 0.0);
         worker.cues.resize(count * CUES, 0.0);
         self.label.linear(values, &worker.pooled, count, &mut worker.logits);
@@ -492,8 +408,6 @@ impl Tower {
         let (pooled, spread) = (&mut worker.pooled_gradient, &mut worker.cells_gradient);
         self.label.linear_backward(values, gradients, &worker.pooled, count, &worker.logits, Some(pooled));
         self.cues.linear_backward(values, gradients, &worker.cells, count, &worker.cues, Some(spread));
-        self.label_standard.backward(pooled);
-        self.cue_standard.backward(spread);
         worker.normal_gradient.resize(rows * width, 0.0);
         for (index, out) in worker.normal_gradient.chunks_exact_mut(patches * width).enumerate() {
             let pooled = &worker.pooled_gradient[index * width..][..width];
@@ -709,9 +623,6 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
     tower.scale_rates(&values);
     let mut optimiser = AdamW::new(&tower.plan, args.weight_decay);
     let mut workers: Vec<Worker> = (0..args.threads).map(|_| Worker::default()).collect();
-    if let Some(stage) = args.stages.first() {
-        tower.standardise(&values, &train, &Geometry::new(&tower.config, stage.side)?, &mut workers);
-    }
     let state = args.out.join("state.safetensors");
     checkpoint::resume(&state, &recipe, &mut values, &mut optimiser)?;
 
@@ -794,21 +705,22 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
             }
         }
     }
-    write_tower(&tower, &values, &args.out.join("tower"))?;
+    let last = args.stages.last().map_or(tower.config.image_size, |stage| stage.side);
+    write_tower(&tower, &values, &Geometry::new(&tower.config, last)?, &args.out.join("tower"))?;
     log.say(&format!("wrote {}", args.out.join("tower").display()));
     Ok(())
 }
 
-/// The tuned tower in SiglipVisionModel's layout, its heads in a file of their own.
-fn write_tower(tower: &Tower, values: &[f32], folder: &Path) -> anyhow::Result<()> {
+/// The tuned tower in SiglipVisionModel's layout, for pictures of the geometry's size; its heads in a file of their own.
+fn write_tower(tower: &Tower, values: &[f32], geometry: &Geometry, folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
-    let body =
-        tower.plan.tensors(values, DType::F32, |name| name.starts_with("vision_model.").then(|| name.to_owned()))?;
+    let of_body = |name: &str| name.starts_with("vision_model.").then(|| name.to_owned());
+    let mut body = tower.plan.tensors(values, DType::F32, of_body)?;
+    let (width, patches) = (tower.config.hidden_size, geometry.patches());
+    let positions = Tensor::from_vec(tower.grid_positions(values, geometry), (patches, width), &Device::Cpu)?;
+    body.insert(POSITIONS.into(), positions);
     checkpoint::write_tensors(&folder.join("model.safetensors"), &body)?;
-    let mut values = values.to_vec();
-    tower.label_standard.fold(&mut values, &tower.label);
-    tower.cue_standard.fold(&mut values, &tower.cues);
-    let heads = tower.plan.tensors(&values, DType::F32, |name| name.starts_with("heads.").then(|| name.to_owned()))?;
+    let heads = tower.plan.tensors(values, DType::F32, |name| name.starts_with("heads.").then(|| name.to_owned()))?;
     checkpoint::write_tensors(&folder.join("heads.safetensors"), &heads)?;
     let config = &tower.config;
     let config = json!({
@@ -819,7 +731,7 @@ fn write_tower(tower: &Tower, values: &[f32], folder: &Path) -> anyhow::Result<(
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
         "num_channels": 3,
-        "image_size": config.image_size,
+        "image_size": geometry.grid * config.patch_size,
         "patch_size": config.patch_size,
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.layer_norm_eps,
@@ -848,7 +760,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::train::parameters::check_gradients;
-    use candle_core::{Device, Tensor};
     use std::collections::HashMap;
 
     fn config() -> TowerConfig {
@@ -895,11 +806,10 @@ mod tests {
     /// The whole chain, from pixels to losses, against finite differences, at both grids.
     #[test]
     fn gradients_equal_finite_differences() {
-        let mut tower = Tower::new(config(), 2, 0.9).unwrap();
+        let tower = Tower::new(config(), 2, 0.9).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let mut values = random(tower.plan.len(), 0.4, &mut rng);
         let faces = faces(3);
-        tower.label_standard = Standard::of(&random(10 * 12, 0.5, &mut rng), 12);
         let share = Share { batch: 3, valid: 2, smoothing: 0.1, cue_weight: 0.7 };
         for side in [84, 112] {
             let geometry = Geometry::new(&tower.config, side).unwrap();
@@ -960,6 +870,11 @@ mod tests {
         let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
         assert_eq!(steps, 4, "each step stands once in the log");
         assert!(folder.path().join("cut/curves.svg").exists());
+        // The tower is written for the last stage's pictures: 84 pixels, 6 by 6 patches.
+        let config = std::fs::read_to_string(folder.path().join("cut/tower/config.json")).unwrap();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&config).unwrap()["image_size"], 84);
+        let tensors = candle_core::safetensors::load(folder.path().join("cut/tower/model.safetensors"), &Device::Cpu);
+        assert_eq!(tensors.unwrap()[POSITIONS].dims(), [36, 12]);
         // Another recipe must not go on from this state.
         let foreign = run(&small_run(folder.path(), "cut", &["--seed", "9"])).unwrap_err();
         assert!(foreign.to_string().contains("is no state of this training"), "{foreign}");
@@ -1014,22 +929,6 @@ mod tests {
         }
         std::fs::write(&path, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
         assert!(Faces::open(&path, "train").is_err());
-    }
-
-    #[test]
-    fn a_folded_head_equals_the_head_on_standardised_inputs() {
-        let mut rng = ChaCha8Rng::seed_from_u64(4);
-        let mut plan = Plan::default();
-        let head = Affine::projection(&mut plan, "head", 3, 5, 1.0);
-        let mut values = random(plan.len(), 1.0, &mut rng);
-        let standard = Standard::of(&random(20 * 5, 2.0, &mut rng), 5);
-        let x = random(2 * 5, 2.0, &mut rng);
-        let (mut standardised, mut wanted, mut folded) = (x.clone(), [0.0; 6], [0.0; 6]);
-        standard.apply(&mut standardised);
-        head.linear(&values, &standardised, 2, &mut wanted);
-        standard.fold(&mut values, &head);
-        head.linear(&values, &x, 2, &mut folded);
-        assert!(wanted.iter().zip(folded).all(|(a, b)| (a - b).abs() < 1e-5), "{wanted:?} {folded:?}");
     }
 
     #[test]

@@ -244,6 +244,16 @@ impl Verifier {
         Ok((values, pooled))
     }
 
+    /// Lets the head start at how often each label occurs, so that the first steps need not learn that.
+    fn start_at_frequencies(&self, values: &mut [f32], examples: &[Example]) {
+        let biases = &mut values[self.head.bias.clone()];
+        for (label, bias) in biases.iter_mut().enumerate() {
+            let count = examples.iter().filter(|example| example.labels[label]).count();
+            let frequency = (count as f32 + 1.0) / (examples.len() as f32 + 2.0);
+            *bias = (frequency / (1.0 - frequency)).ln();
+        }
+    }
+
     /// Logits of the sentences, in `worker.logits` `[sentences, 28]`. With `dropout`, as in training.
     fn forward(&self, values: &[f32], examples: &[&Example], dropout: Option<u32>, worker: &mut Worker) {
         let width = self.config.hidden_size;
@@ -497,6 +507,7 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
     let (mut values, pooled) = verifier.initial(&args.base.join("model.safetensors"), args.seed)?;
     let mut optimiser = AdamW::new(&verifier.plan, args.weight_decay);
     let state = args.out.join("state.safetensors");
+    verifier.start_at_frequencies(&mut values, &train);
     checkpoint::resume(&state, &recipe, &mut values, &mut optimiser)?;
     let stop = stop_on_interrupt();
     let mut log = RunLog::open(&args.out, optimiser.steps, total)?;
@@ -611,7 +622,9 @@ fn write_verifier(verifier: &Verifier, values: &[f32], threshold: f32, args: &Ve
     });
     checkpoint::write_atomically(&folder.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())?;
     std::fs::copy(args.base.join("tokenizer.json"), folder.join("tokenizer.json"))?;
-    let manifest = format!("[verifier]\nthreshold = {threshold:.2}\n");
+    let manifest = format!(
+        "[model]\nname = \"candor-default-verifier\"\nversion = \"1\"\n\n[verifier]\nthreshold = {threshold:.2}\n"
+    );
     checkpoint::write_atomically(&folder.join("candor.toml"), manifest.as_bytes())?;
     Ok(())
 }
