@@ -9,7 +9,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::media::{FaceCrop, Fit};
+use crate::media::FaceCrop;
+pub use crate::media::Fit;
 use crate::observation::Identity;
 use crate::verify::Emotion;
 
@@ -102,7 +103,7 @@ pub struct Manifest {
     pub model: ModelSection,
     /// How it wants its pictures.
     pub input: InputSection,
-    /// What a verifier adds.
+    /// What a verifier was trained to.
     pub verifier: VerifierSection,
     /// sha256 of every other file in the folder, by path relative to it.
     pub files: BTreeMap<String, String>,
@@ -142,15 +143,6 @@ pub enum Answer {
     After,
 }
 
-/// `[verifier]`
-#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct VerifierSection {
-    /// Probability above which it has a label at its best over all labels, chosen on its training part. For
-    /// evaluation: rationales are read by the paper's rule.
-    pub threshold: Option<f32>,
-}
-
 /// `[input]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -170,6 +162,15 @@ pub struct InputSection {
     pub window_s: f64,
     /// Time from one window's start to the next's.
     pub step_s: f64,
+}
+
+/// `[verifier]`, in a verifier's own manifest
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifierSection {
+    /// Probability above which its labels are best told apart, chosen on training data. For measuring the verifier:
+    /// verdicts and rewards keep to the paper's rule.
+    pub threshold: Option<f32>,
 }
 
 impl Default for ModelSection {
@@ -248,19 +249,16 @@ impl Manifest {
                 return Some((key, format!("has {other:?} and {label:?}, which are one emotion")));
             }
         }
+        let threshold = self.verifier.threshold;
         let faults = [
             ("model.labels", model.labels.is_empty(), "is empty"),
             ("model.instruction", model.instruction.trim().is_empty(), "is empty"),
             ("model.max_new_tokens", !(1..=65536).contains(&model.max_new_tokens), "is not within 1 to 65536"),
+            ("verifier.threshold", threshold.is_some_and(|p| !(0.0..=1.0).contains(&p)), "is not within 0 to 1"),
             ("input.face_margin", !(-0.4..=1.0).contains(&input.face_margin), "is not within -0.4 to 1"),
             ("input.face_shift", !(-0.5..=0.5).contains(&input.face_shift), "is not within -0.5 to 0.5"),
             ("input.detail", input.detail.is_some_and(|side| !(4..=4096).contains(&side)), "is not within 4 to 4096"),
             ("input.window_s", !(0.05..=3600.0).contains(&input.window_s), "is not within 0.05 to 3600"),
-            (
-                "verifier.threshold",
-                self.verifier.threshold.is_some_and(|threshold| !(0.0..=1.0).contains(&threshold)),
-                "is not within 0 to 1",
-            ),
             ("input.step_s", !(0.05..=3600.0).contains(&input.step_s), "is not within 0.05 to 3600"),
         ];
         if let Some((key, _, reason)) = faults.into_iter().find(|fault| fault.1) {
@@ -495,11 +493,13 @@ mod tests {
         let manifest = parse(
             "[model]\nname = 'n'\nversion = '2'\nlicence = 'l'\nlabels = ['happy', 'sad']\ninstruction = 'i'\n\
              max_new_tokens = 64\nverifier = '../v'\nanswer = 'fast'\n\
-             [input]\nfit = 'face'\nface_margin = 0.3\nface_shift = -0.1\ndetail = 48\ngrey = true\nwindow_s = 4\nstep_s = 0.5\n",
+             [input]\nfit = 'face'\nface_margin = 0.3\nface_shift = -0.1\ndetail = 48\ngrey = true\nwindow_s = 4\nstep_s = 0.5\n\
+             [verifier]\nthreshold = 0.25\n",
         )
         .unwrap();
         assert_eq!(manifest.emotions(), [Emotion::Happiness, Emotion::Sadness]);
         assert_eq!(manifest.model.answer, Answer::Fast);
+        assert_eq!(manifest.verifier.threshold, Some(0.25));
         assert_eq!(
             manifest.input,
             InputSection {
@@ -532,6 +532,7 @@ mod tests {
             ("[model]\nmax_new_tokens = 0", "model.max_new_tokens"),
             ("[model]\nmax_new_tokens = -1", "max_new_tokens"),
             ("[model]\nanswer = 'both'", "answer"),
+            ("[verifier]\nthreshold = 1.5", "verifier.threshold"),
             ("[input]\nfit = 'crop'", "fit"),
             ("[input]\nface_margin = nan", "input.face_margin"),
             ("[input]\nface_shift = 2", "input.face_shift"),

@@ -208,8 +208,11 @@ fn rows<D: Device>(name: &'static str, device: &D, rows: &Rows<D>) -> Result<Out
     Ok(real(name, &[rows.rows(), rows.width()], rows.to_host(device)?))
 }
 
-/// Shape and elements of an F32 input, or none where it is absent.
-fn floats(inputs: &Checkpoint, name: &'static str) -> Result<Option<(Vec<usize>, Vec<f32>)>, ModelError> {
+/// Shape and elements of an input.
+type Floats = (Vec<usize>, Vec<f32>);
+
+/// An F32 input, or none where it is absent.
+fn floats(inputs: &Checkpoint, name: &'static str) -> Result<Option<Floats>, ModelError> {
     if !inputs.contains(name) {
         return Ok(None);
     }

@@ -647,7 +647,7 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
             let speed = BATCH as f64 / started.elapsed().as_secs_f64();
             log.write(step, json!({"loss": loss, "rate": rate, "norm": norm, "sentences_per_s": speed}))?;
             log.show(step, format!("loss {loss:.4} {speed:.0} sentences/s"));
-            if step % 100 == 0 {
+            if step.is_multiple_of(100) {
                 log.say(&format!("step {step}/{total} loss {loss:.4} norm {norm:.3} {speed:.0}/s"));
             }
             let cut = stop.load(Ordering::Relaxed) || args.stop_after.is_some_and(|stop| step >= stop);
