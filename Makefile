@@ -1,7 +1,8 @@
 # The everyday commands. `make` alone lists them.
 
-# The build profile of the demo and the benchmark.
+# How the demo and the benchmark are built, and what is built with them.
 PROFILE ?= release
+PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
@@ -15,7 +16,7 @@ setup: ## install what is missing (GStreamer and its development files, by apt)
 	@scripts/setup.sh
 
 build: setup ## build the command line, target/release/candor
-	cargo build --locked --profile $(PROFILE) -p candor
+	cargo build --locked --profile $(PROFILE) $(PACKAGES)
 
 test: setup ## run every test
 	@scripts/test.sh

@@ -121,6 +121,7 @@ def check_commands(page, prose, blocks):
         if words[:1] == ["sh"]:
             joined = "\n".join(lines).replace("\\\n", " ")
             for line in joined.splitlines():
+                line = re.sub(r"(^|\s)#.*", "", line)
                 for part in re.split(r"\s*(?:\||&&|;)\s+", line):
                     check_command(f"{name}:{first}", part)
 

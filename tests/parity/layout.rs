@@ -140,11 +140,11 @@ fn a_model_without_sound() {
     let mut given = case.inputs();
     write_tensors(&inputs, &given);
     let open = || Checkpoint::open_file(&inputs).expect("the inputs open");
-    let error = trace_model(&mut model, &open(), 1).err().expect("sound for a model without").to_string();
+    let error = trace_model(&mut model, &open(), 1).expect_err("sound for a model without").to_string();
     assert!(error.contains("no audio tower"), "{error}");
     given.remove("in.mel");
     write_tensors(&inputs, &given);
-    let error = trace_model(&mut model, &open(), 1).err().expect("the prompt names the audio").to_string();
+    let error = trace_model(&mut model, &open(), 1).expect_err("the prompt names the audio").to_string();
     assert!(error.contains("in.prompt_ids") && error.contains("audio"), "{error}");
 }
 

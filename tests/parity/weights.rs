@@ -12,7 +12,7 @@ use serde_json::Value;
 const SPREAD: f64 = 1.2;
 
 /// `count` reals in -1..1 from a name: FNV-1a of the name, then Murmur3's finaliser.
-pub fn uniform(name: &str, count: usize) -> impl Iterator<Item = f64> {
+pub(crate) fn uniform(name: &str, count: usize) -> impl Iterator<Item = f64> {
     let seed = name.bytes().fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(b)).wrapping_mul(0x0100_0193));
     (0..count as u32).map(move |i| {
         let mut x = i.wrapping_mul(0x9e37_79b9).wrapping_add(seed);
@@ -43,49 +43,49 @@ fn weight(name: &str, shape: &[usize]) -> Vec<f32> {
 
 /// A tensor as a file stores it.
 #[derive(Clone)]
-pub struct Stored {
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    pub bytes: Vec<u8>,
+pub(crate) struct Stored {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Stored {
-    pub fn f32(shape: &[usize], values: &[f32]) -> Self {
+    pub(crate) fn f32(shape: &[usize], values: &[f32]) -> Self {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         Stored { dtype: Dtype::F32, shape: shape.to_vec(), bytes }
     }
 
-    pub fn i64(values: &[i64]) -> Self {
+    pub(crate) fn i64(values: &[i64]) -> Self {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         Stored { dtype: Dtype::I64, shape: vec![values.len()], bytes }
     }
 }
 
-pub type Tensors = BTreeMap<String, Stored>;
+pub(crate) type Tensors = BTreeMap<String, Stored>;
 
 /// A fixture: what NAME.json says.
-pub struct Case {
-    pub name: &'static str,
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
     description: Value,
 }
 
 impl Case {
-    pub fn load(name: &'static str) -> Self {
+    pub(crate) fn load(name: &'static str) -> Self {
         let text = std::fs::read_to_string(fixtures().join(format!("{name}.json"))).expect("the fixture is there");
         Case { name, description: serde_json::from_str(&text).expect("the fixture is JSON") }
     }
 
-    pub fn goldens(&self) -> PathBuf {
+    pub(crate) fn goldens(&self) -> PathBuf {
         fixtures().join(format!("{}.safetensors", self.name))
     }
 
-    pub fn variants(&self) -> Vec<String> {
+    pub(crate) fn variants(&self) -> Vec<String> {
         let list = self.description["variants"].as_array().expect("variants");
         list.iter().map(|v| v.as_str().expect("a text").to_owned()).collect()
     }
 
     /// config.json of a variant.
-    pub fn config(&self, variant: &str) -> Value {
+    pub(crate) fn config(&self, variant: &str) -> Value {
         let mut config = self.description["config"].clone();
         if config.get("tie_word_embeddings").is_some() {
             config["tie_word_embeddings"] = variant.starts_with("tied").into();
@@ -94,16 +94,16 @@ impl Case {
     }
 
     /// Ids under a key of `inputs`.
-    pub fn ids(&self, key: &str) -> Vec<i64> {
+    pub(crate) fn ids(&self, key: &str) -> Vec<i64> {
         numbers(&self.description["inputs"][key])
     }
 
-    pub fn texts(&self) -> Vec<Vec<i64>> {
+    pub(crate) fn texts(&self) -> Vec<Vec<i64>> {
         self.description["texts"].as_array().expect("texts").iter().map(numbers).collect()
     }
 
     /// Every weight of a variant, under its published name.
-    pub fn tensors(&self, variant: &str) -> Tensors {
+    pub(crate) fn tensors(&self, variant: &str) -> Tensors {
         let shapes = self.description["shapes"].as_object().expect("shapes");
         let mut tensors = Tensors::new();
         for (name, shape) in shapes {
@@ -117,7 +117,7 @@ impl Case {
     }
 
     /// What a trace reads.
-    pub fn inputs(&self) -> Tensors {
+    pub(crate) fn inputs(&self) -> Tensors {
         let config = self.config("untied");
         let size = |section: &str, key: &str| config[section][key].as_u64().expect("a size") as usize;
         let (frames, side) =
@@ -172,7 +172,7 @@ fn halves(dtype: Dtype, shape: &[usize], bits: impl Iterator<Item = u16>) -> Sto
 }
 
 /// Writes one safetensors file.
-pub fn write_tensors(path: &Path, tensors: &Tensors) {
+pub(crate) fn write_tensors(path: &Path, tensors: &Tensors) {
     let views = tensors.iter().map(|(name, t)| {
         (name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).expect("bytes fit the shape"))
     });
@@ -180,7 +180,7 @@ pub fn write_tensors(path: &Path, tensors: &Tensors) {
 }
 
 /// Writes a model folder of one file.
-pub fn write_folder(folder: &Path, config: &Value, tensors: &Tensors) {
+pub(crate) fn write_folder(folder: &Path, config: &Value, tensors: &Tensors) {
     std::fs::create_dir_all(folder).expect("the folder can be made");
     std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder can be written");
     write_tensors(&folder.join("model.safetensors"), tensors);

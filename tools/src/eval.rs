@@ -335,7 +335,7 @@ mod tests {
         assert_eq!((metrics.readable, metrics.eea, metrics.epc, metrics.fcr), (0.75, 0.5, 0.25, 0.25));
         // "open" is right of both, "closed" of neither, whichever face is asked.
         assert_eq!((metrics.cue_accuracy, metrics.cue_accuracy_shuffled), (Some(0.5), Some(0.5)));
-        let (metrics, _) = measure(&records, &vec![None; 4]);
+        let (metrics, _) = measure(&records, &[None; 4]);
         assert_eq!(metrics.cue_accuracy, None);
     }
 
@@ -349,7 +349,7 @@ mod tests {
                 Some(cues)
             })
             .collect();
-        let says = |i: usize| if i % 2 == 0 { "The mouth is open." } else { "The mouth is closed." };
+        let says = |i: usize| if i.is_multiple_of(2) { "The mouth is open." } else { "The mouth is closed." };
         let records: Vec<Record> = (0..200).map(|i| record(i, "sad", "sad", "sad", says(i))).collect();
         let (metrics, _) = measure(&records, &cues);
         assert_eq!(metrics.cue_accuracy, Some(1.0));

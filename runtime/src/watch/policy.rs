@@ -17,7 +17,7 @@ use crate::text::{
     Phase, Sampler, Sampling,
 };
 use crate::verify::reward::explanation_reward_of_labels;
-use crate::verify::sentences::finished_sentence;
+use crate::verify::sentences::{finished_sentence, split_sentences};
 use crate::verify::verdict::{read_sentences, supports};
 use crate::verify::{Assessment, Emotion, Reading, SentenceClassifier, Verdict, VerifierError};
 
@@ -230,10 +230,11 @@ fn attempt<M: LanguageModel + ?Sized>(
     let after = generator.label_probabilities(task.scorer, &task.search)?;
     let probabilities_time = scoring.elapsed();
     let completion = generator.finish()?;
-    let (readings, resampled) = match guided {
-        Some(guided) => guided,
-        None => (read_sentences(&completion.rationale, verifier)?, 0),
-    };
+    let (mut readings, resampled) = guided.unwrap_or_default();
+    // A unit written again may run into the sentence before it, which then is another than the one that was read.
+    if !readings.iter().map(|reading| reading.text.as_str()).eq(split_sentences(&completion.rationale)) {
+        readings = read_sentences(&completion.rationale, verifier)?;
+    }
     let label = match task.answer {
         Answer::Fast => task.fast.best(),
         Answer::After => after.best(),
@@ -328,7 +329,7 @@ impl Guide {
                 (self.marks, end, readings) = (best.marks, best.end, best.readings);
             }
             self.readings.extend(readings);
-            self.tries = 0;
+            (self.tries, self.best) = (0, None);
             match end {
                 End::Mark(index) => drop(self.marks.drain(..index)),
                 End::Rationale => return Ok((self.readings, self.resampled)),

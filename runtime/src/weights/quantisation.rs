@@ -10,8 +10,11 @@ use super::{Checkpoint, Raw, WeightsError};
 
 const SCALE: &str = "_scale";
 
+/// A weight's name and its row scales.
+type RowScales = (String, Arc<[f32]>);
+
 /// Every 8-bit weight's name with its row scales, checked.
-pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<(String, Arc<[f32]>)>, WeightsError> {
+pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<RowScales>, WeightsError> {
     let mut pairs = Vec::new();
     for name in checkpoint.names() {
         let raw = checkpoint.raw(name)?;

@@ -11,7 +11,7 @@ use anyhow::Context;
 use candor::manifest::{InputSection, Manifest, ModelSection};
 use candor::media::Fit;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, serialize};
+use safetensors::{Dtype, SafeTensorError, serialize};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -44,7 +44,7 @@ pub struct Export<'a> {
 }
 
 /// A stored tensor on its way to the file.
-struct Record {
+pub(super) struct Record {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -73,12 +73,7 @@ pub fn write(model: &Export<'_>) -> anyhow::Result<String> {
     for entry in model.encoder.plan.entries() {
         add(entry.name.clone(), &entry.shape, &model.encoder.values[entry.range.clone()]);
     }
-    let views: Result<Vec<_>, _> = records
-        .iter()
-        .map(|r| TensorView::new(r.dtype, r.shape.clone(), &r.bytes).map(|view| (r.name.as_str(), view)))
-        .collect();
-    let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let weights = serialize(views?, Some(about))?;
+    let weights = file_of(&records)?;
     let put = |name: &str, bytes: &[u8]| write_atomically(&model.folder.join(name), bytes);
     put("model.safetensors", &weights)?;
     put("config.json", pretty(&config(model))?.as_bytes())?;
@@ -122,7 +117,18 @@ fn pretty(value: &Value) -> anyhow::Result<String> {
     Ok(format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
-fn lay_down(name: String, shape: &[usize], stored: Stored) -> Vec<Record> {
+/// The bytes of a safetensors file.
+pub(super) fn file_of(records: &[Record]) -> Result<Vec<u8>, SafeTensorError> {
+    let views: Result<Vec<_>, _> = records
+        .iter()
+        .map(|r| TensorView::new(r.dtype, r.shape.clone(), &r.bytes).map(|view| (r.name.as_str(), view)))
+        .collect();
+    let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    serialize(views?, Some(about))
+}
+
+/// A stored tensor as the records of a file.
+pub(super) fn lay_down(name: String, shape: &[usize], stored: Stored) -> Vec<Record> {
     match stored {
         Stored::F16(values) => {
             let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();

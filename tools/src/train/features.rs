@@ -143,6 +143,54 @@ impl Standard {
     }
 }
 
+/// What a file of features holds: of each view how many pictures, and which seeds they were changed with. A run that
+/// wants fewer views than there are takes the first ones.
+#[derive(Debug, Default, PartialEq)]
+struct Views(Vec<(usize, String)>);
+
+impl Views {
+    /// Reads a note; none, or one that is not to be understood, says that nothing is done.
+    fn read(path: &Path) -> Self {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = |line: &str| line.split_once(' ').and_then(|(n, seeds)| Some((n.parse().ok()?, seeds.to_owned())));
+        Views(text.lines().map(line).collect::<Option<Vec<_>>>().unwrap_or_default())
+    }
+
+    fn text(&self) -> String {
+        self.0.iter().map(|(done, seeds)| format!("{done} {seeds}\n")).collect()
+    }
+
+    /// Pictures from the first on that are of use.
+    fn usable(&self, stills: usize, seeds: &[Vec<u64>]) -> usize {
+        let mut done = 0;
+        for (view, (count, digest)) in self.0.iter().take(seeds.len() + 1).enumerate() {
+            if *digest != seeds_digest(view, seeds) {
+                break;
+            }
+            done += count.min(&stills);
+            if *count < stills {
+                break;
+            }
+        }
+        done
+    }
+
+    /// Notes that the first `done` pictures are there.
+    fn note(&mut self, done: usize, stills: usize, seeds: &[Vec<u64>]) {
+        self.0 = (0..done.div_ceil(stills))
+            .map(|view| (stills.min(done - view * stills), seeds_digest(view, seeds)))
+            .collect();
+    }
+}
+
+/// Names the seeds of a view; the first has none.
+fn seeds_digest(view: usize, seeds: &[Vec<u64>]) -> String {
+    let mut hash = Sha256::new();
+    let own = view.checked_sub(1).and_then(|index| seeds.get(index));
+    own.into_iter().flatten().for_each(|seed| hash.update(seed.to_le_bytes()));
+    files::hexadecimal(&hash.finalize())[..16].to_owned()
+}
+
 /// Features on disk, `[views, stills, patches, width]` in f16.
 pub struct Features {
     file: File,
@@ -171,16 +219,9 @@ impl Features {
         for index in 0..stills {
             hash.update(faces.image(index));
         }
-        // Views are not part of the key one by one: a file with fewer of them is a beginning.
         let key = &files::hexadecimal(&hash.finalize())[..16];
-        seeds.iter().flatten().for_each(|seed| debug_assert!(*seed < 1 << 53));
         let path = folder.join(format!("features-{name}-{key}.f16"));
         let note = path.with_extension("done");
-        let seeds_digest = |view: usize| {
-            let mut hash = Sha256::new();
-            seeds[..view].iter().flatten().for_each(|seed| hash.update(seed.to_le_bytes()));
-            files::hexadecimal(&hash.finalize())[..16].to_owned()
-        };
         let size = tower.size();
         let mut file = OpenOptions::new()
             .read(true)
@@ -189,13 +230,9 @@ impl Features {
             .truncate(false)
             .open(&path)
             .with_context(|| format!("{}", path.display()))?;
-        // The note: how many pictures are done, and which seeds the last view of them has.
-        let written = std::fs::read_to_string(&note).unwrap_or_default();
-        let (count, digest) = written.trim().split_once(' ').unwrap_or(("0", ""));
-        let count: usize = count.parse().unwrap_or(0);
-        let known = count > 0 && digest == seeds_digest(count.div_ceil(stills).clamp(1, views) - 1);
-        let whole = file.metadata()?.len() >= (count * size * 2) as u64;
-        let mut done = if known && whole { count.min(views * stills) } else { 0 };
+        let whole = (file.metadata()?.len() / (size as u64 * 2)) as usize;
+        let mut known = Views::read(&note);
+        let mut done = known.usable(stills, seeds).min(whole);
         file.seek(SeekFrom::Start((done * size * 2) as u64))?;
 
         let total = views * stills;
@@ -233,8 +270,8 @@ impl Features {
             }
             file.sync_data()?;
             done = end;
-            let view = done.div_ceil(stills).clamp(1, views) - 1;
-            write_atomically(&note, format!("{done} {}\n", seeds_digest(view)).as_bytes())?;
+            known.note(done, stills, seeds);
+            write_atomically(&note, known.text().as_bytes())?;
             ensure!(
                 !stop.load(Ordering::Relaxed),
                 "stopped after {done} of {total} features; the same command goes on"
@@ -275,5 +312,27 @@ impl Features {
         let halves: Vec<f16> = bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
         halves.convert_to_f32_slice(out);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_says_which_views_are_of_use() {
+        let seeds = [vec![1, 2, 3, 4], vec![5, 6, 7, 8]];
+        let mut views = Views::default();
+        views.note(3, 4, &seeds);
+        assert_eq!(views.usable(4, &seeds), 3);
+        views.note(6, 4, &seeds);
+        assert_eq!(views.usable(4, &seeds), 6);
+        assert_eq!(views.usable(4, &seeds[..0]), 4, "fewer views are a beginning of more");
+        assert_eq!(views.usable(4, &[vec![9, 9, 9, 9]]), 4, "a view with other seeds is done anew");
+        views.note(12, 4, &seeds);
+        assert_eq!(views.usable(4, &seeds), 12);
+        views.note(3, 4, &seeds);
+        assert_eq!(views.usable(4, &seeds), 3);
+        assert_eq!(Views::read(Path::new("no such folder/note")), Views::default());
     }
 }

@@ -180,7 +180,7 @@ pub fn linear_backward(
     }
 }
 
-/// Sum in [`LANES`] partial sums.
+/// Sum in `LANES` partial sums.
 pub fn sum(values: impl ExactSizeIterator<Item = f32>) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for (i, value) in values.enumerate() {
@@ -189,6 +189,7 @@ pub fn sum(values: impl ExactSizeIterator<Item = f32>) -> f32 {
     lanes.iter().sum()
 }
 
+#[allow(clippy::needless_range_loop)] // by index it vectorises
 fn lane_sums<const N: usize>(width: usize, terms: impl Fn(usize) -> [f32; N]) -> [f32; N] {
     let mut lanes = [[0.0f32; LANES]; N];
     let whole = width / LANES * LANES;
@@ -283,7 +284,7 @@ fn normal(x: f32) -> (f32, f32) {
     let series =
         t * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4)))) * bell;
     let upper = 1.0 - 0.5 * series;
-    (if x >= 0.0 { upper } else { 1.0 - upper }, bell * 0.398_942_28)
+    (if x >= 0.0 { upper } else { 1.0 - upper }, bell * 0.398_942_3)
 }
 
 /// `out = x·Φ(x)`, the exact GELU.

@@ -416,7 +416,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
                 "rate": rate, "norm": norm, "samples_per_s": speed}),
         )?;
         log.show(step, format!("loss {loss:.3} {speed:.1} samples/s"));
-        if step % 20 == 0 || step == 1 {
+        if step.is_multiple_of(20) || step == 1 {
             log.say(&format!(
                 "step {step}/{total} loss {:.3} + {:.3} label {:.2} fast {:.2} helper {:.2} norm {norm:.2} {speed:.1}/s",
                 losses.text,
@@ -426,7 +426,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
                 losses.helper_right as f64 / args.batch as f64
             ));
         }
-        if step % VALIDATE_EVERY == 0 || step == total {
+        if step.is_multiple_of(VALIDATE_EVERY) || step == total {
             let (fast, helper) =
                 validate(&setting, &values, &val, &val_features, measured, &mut workers, &mut gradients)?;
             log.write(step, json!({"val_n": measured, "val_fast_accuracy": fast, "val_helper_accuracy": helper}))?;

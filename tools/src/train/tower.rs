@@ -135,7 +135,7 @@ impl TowerConfig {
             "a size is zero or beyond reason: {self:?}"
         );
         ensure!(
-            self.hidden_size % self.num_attention_heads == 0,
+            self.hidden_size.is_multiple_of(self.num_attention_heads),
             "hidden_size is not divisible by the number of heads"
         );
         ensure!(self.image_size >= self.patch_size, "image_size is smaller than patch_size");
@@ -676,11 +676,11 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
                     "rate": rate, "norm": norm, "side": stage.side, "pictures_per_s": speed}),
             )?;
             log.show(step, format!("loss {loss:.3} {speed:.1} pictures/s"));
-            if step % 10 == 0 {
+            if step.is_multiple_of(10) {
                 log.say(&format!("step {step}/{total} side {} loss {loss:.3} label {:.3} cues {:.3} accuracy {accuracy:.2} norm {norm:.2} {speed:.1}/s",
                     stage.side, losses.label, losses.cues));
             }
-            if step % VALIDATE_EVERY == 0 || step == total {
+            if step.is_multiple_of(VALIDATE_EVERY) || step == total {
                 let count = if step == total { val.len() } else { args.validate };
                 let validation = validate(&tower, &values, &val, &geometry, count, &mut workers);
                 let correlation = validation.correlations.iter().sum::<f64>() / CUES as f64;

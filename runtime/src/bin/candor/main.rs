@@ -1,6 +1,7 @@
 //! The command line: `candor --help` explains itself. One file a subcommand.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod folders;
 mod model;
 mod terminal;
@@ -29,6 +30,7 @@ enum Command {
     /// Check or list the files of a model.
     Model(model::ModelArgs),
     Trace(trace::Trace),
+    Bench(bench::Bench),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -39,5 +41,6 @@ fn main() -> anyhow::Result<()> {
         Command::Verify(args) => verify::run(args),
         Command::Model(args) => model::run(args),
         Command::Trace(args) => trace::run(&args),
+        Command::Bench(args) => bench::run(args),
     }
 }
