@@ -213,7 +213,7 @@ fn a_source_that_breaks_leaves_its_lines() {
 
 /// Starts watching a stream without an end, and waits for the first line.
 fn start_endless(models: &Models) -> (Child, BufReader<std::process::ChildStdout>) {
-    let mut command = models.watch(&["--window", "0.2", "--step", "0.2", "test"]);
+    let mut command = models.watch(&["test"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("candor starts");
     let mut reader = BufReader::new(child.stdout.take().expect("it is piped"));
     let mut line = String::new();

@@ -41,13 +41,13 @@ impl Output {
     }
 }
 
-/// Runs a model on `in.pixel_values` [frames, 3, side, side], `in.mel` [mels, 2 · positions], `in.bert_ids` [n] and
-/// `in.prompt_ids` [n] (−201 for the video, −202 for the audio tokens). A stage whose inputs are absent is left out;
+/// Runs a model on `in.pixel_values` `[frames, 3, side, side]`, `in.mel` `[mels, 2 · positions]`, `in.bert_ids` `[n]` and
+/// `in.prompt_ids` `[n]` (−201 for the video, −202 for the audio tokens). A stage whose inputs are absent is left out;
 /// a prompt that names tokens which could not be computed is an error. Then `new_tokens` tokens are generated greedily.
 ///
-/// Gives `out.vision` [frames, patches, vision width], `out.video`, `out.body`, `out.face`, `out.video_tokens` and
-/// `out.audio_tokens` [tokens, decoder width], `out.gate` [3], `out.audio_tower` [positions, audio width],
-/// `out.inputs_embeds` [positions, decoder width], `out.logits` [positions, vocabulary], `out.generated` [k].
+/// Gives `out.vision` `[frames, patches, vision width]`, `out.video`, `out.body`, `out.face`, `out.video_tokens` and
+/// `out.audio_tokens` `[tokens, decoder width]`, `out.gate` `[3]`, `out.audio_tower` `[positions, audio width]`,
+/// `out.inputs_embeds` `[positions, decoder width]`, `out.logits` `[positions, vocabulary]`, `out.generated` `[k]`.
 pub fn trace_model<D: Device>(
     model: &mut Model<D>,
     inputs: &Checkpoint,
@@ -109,7 +109,7 @@ pub fn trace_model<D: Device>(
     Ok(outputs)
 }
 
-/// Runs a classifier on `in.ids` [n]; gives `out.logits` [labels].
+/// Runs a classifier on `in.ids` `[n]`; gives `out.logits` `[labels]`.
 pub fn trace_classifier<D: Device>(
     classifier: &mut Classifier<D>,
     inputs: &Checkpoint,

@@ -329,7 +329,7 @@ impl Guide {
                 (self.marks, end, readings) = (best.marks, best.end, best.readings);
             }
             self.readings.extend(readings);
-            self.tries = 0;
+            (self.tries, self.best) = (0, None);
             match end {
                 End::Mark(index) => drop(self.marks.drain(..index)),
                 End::Rationale => return Ok((self.readings, self.resampled)),

@@ -18,8 +18,8 @@ use crate::observation::{
 use crate::text::automaton::ANSWER_OPEN;
 use crate::text::labels::LabelError;
 use crate::text::{
-    ChatTemplate, Grammar, GrammarError, LabelScorer, LabelSearch, PromptPiece, Sampling, TemplateError, Tokenizer,
-    TokenizerError,
+    ChatTemplate, Grammar, GrammarError, LabelScorer, LabelSearch, PromptPiece, Sampler, Sampling, SamplingError,
+    TemplateError, Tokenizer, TokenizerError,
 };
 use crate::verify::{Emotion, Verdict, Verifier, VerifierError};
 
@@ -50,6 +50,9 @@ pub enum WatchError {
         /// What is wrong with them.
         source: GrammarError,
     },
+    /// How tokens are to be chosen.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
     /// The verifier.
     #[error(transparent)]
     Verifier(#[from] VerifierError),
@@ -126,6 +129,7 @@ impl<D: Device> Watcher<D> {
         device: D,
         settings: WatchSettings,
     ) -> Result<Watcher<D>, WatchError> {
+        Sampler::new(settings.sampling)?; // a setting out of range shows now, not at the first window
         let manifest = Manifest::open(folder)?;
         let verifier = match verifier {
             Some(verifier) => verifier.to_path_buf(),
@@ -256,7 +260,7 @@ impl<D: Device> Watcher<D> {
         let reason = write_reason(self.settings.policy, &task, &mut self.session, &mut self.verifier)?;
         let after_ms = reason.probabilities_time.as_secs_f64() * 1e3;
         times.verify = reason.verify_time.as_secs_f64() * 1e3;
-        times.decode = lap.take() - times.verify - after_ms;
+        times.decode = (lap.take() - times.verify - after_ms).max(0.0);
         times.probabilities += after_ms;
 
         let labels = self.grammar.labels();

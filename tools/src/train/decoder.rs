@@ -144,7 +144,7 @@ impl Decoder {
     }
 
     /// Runs the layers over `forks`, whose rows lie one behind the other in `x` `[rows, width]`; the normalised last
-    /// states stay in the buffers, see [`DecoderBuffers::states`].
+    /// states stay in the buffers, see `DecoderBuffers`.
     pub fn forward(&self, values: &[f32], x: &[f32], forks: &[Fork], buffers: &mut DecoderBuffers) {
         let DecoderSize { width, hidden, heads, key_heads, eps, .. } = self.size;
         let rows: usize = forks.iter().map(|f| f.rows).sum();

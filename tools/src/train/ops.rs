@@ -180,7 +180,7 @@ pub fn linear_backward(
     }
 }
 
-/// Sum in [`LANES`] partial sums.
+/// Sum in `LANES` partial sums.
 pub fn sum(values: impl ExactSizeIterator<Item = f32>) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for (i, value) in values.enumerate() {

@@ -1,5 +1,6 @@
 //! How observations look on a terminal.
 
+#[cfg(feature = "media")]
 use candor::observation::Observation;
 use candor::verify::{Sentence, Verdict};
 
@@ -39,6 +40,7 @@ pub(crate) fn verdict(verdict: Verdict, colour: bool) -> String {
 }
 
 /// A window on one line: time, emotion, probability, the rationale with a mark for each sentence, verdict.
+#[cfg(feature = "media")] // only what watches prints windows
 pub(crate) fn line(observation: &Observation, colour: bool) -> String {
     let time = format!("{:7.2}–{:<7.2}", observation.window.start_s, observation.window.end_s);
     let Some(label) = &observation.label else { return format!("{time} {}", paint("no face", "2", colour)) };

@@ -75,23 +75,33 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
 
     let mut report = args.html.map(Report::create).transpose()?;
     let output = Output { json: args.json, colour: terminal::colour(stdout().is_terminal()) };
-    let watched = (|| -> Result<()> {
-        for window in Windows::new(source, windows) {
-            let window = window?;
-            let observation = watcher.observe(&name, &window)?;
-            if let Some(report) = &mut report {
-                report.push(&observation, &window.frames)?;
-            }
-            if !output.print(&observation).context("standard output")? || stop.load(Ordering::SeqCst) {
-                break;
-            }
-        }
-        Ok(())
-    })();
+    let watched = watch(&mut watcher, &name, Windows::new(source, windows), &output, report.as_mut(), &stop);
     // The page keeps what was seen before a failure.
     let finished = report.map(Report::finish).transpose();
     watched?;
     finished?;
+    Ok(())
+}
+
+/// Prints an observation for each window, until the source ends, nobody reads any more, or an interrupt came.
+fn watch(
+    watcher: &mut Watcher<CpuDevice>,
+    source: &str,
+    windows: Windows,
+    output: &Output,
+    mut report: Option<&mut Report>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    for window in windows {
+        let window = window?;
+        let observation = watcher.observe(source, &window)?;
+        if let Some(report) = &mut report {
+            report.push(&observation, &window.frames)?;
+        }
+        if !output.print(&observation).context("standard output")? || stop.load(Ordering::SeqCst) {
+            break;
+        }
+    }
     Ok(())
 }
 
