@@ -31,6 +31,10 @@ pub fn run<S, T: Send>(
             let result = work(&mut state, index)?;
             results.lock().map_err(|_| anyhow::anyhow!("a worker failed"))?.push((index, result));
             bar.inc(1);
+            // Without a terminal there is no bar.
+            if bar.is_hidden() && bar.position() % (count as u64).div_ceil(20) == 0 {
+                eprintln!("{what}: {} of {count}", bar.position());
+            }
         }
     };
     let outcomes: Vec<anyhow::Result<()>> = std::thread::scope(|scope| {

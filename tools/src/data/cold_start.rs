@@ -46,7 +46,7 @@ pub struct FacesArgs {
     #[arg(long, default_value_t = 1024)]
     pub vocabulary: usize,
     /// Sentences an emotion for training the verifier.
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = 800)]
     pub sentences: usize,
 }
 
@@ -97,7 +97,7 @@ pub fn run(args: &FacesArgs) -> anyhow::Result<()> {
     write_lines(&args.out.join("clean.jsonl"), clean.iter().map(serde_json::to_string))?;
     write_lines(&args.out.join("noisy.jsonl"), noisy.iter().map(serde_json::to_string))?;
 
-    for (bank, name, each) in [(Bank::Train, "train", args.sentences), (Bank::HeldOut, "heldout", 130)] {
+    for (bank, name, each) in [(Bank::Train, "train", args.sentences), (Bank::HeldOut, "heldout", 145)] {
         let path = args.out.join(format!("sentences-{name}.tsv"));
         let rows = sentences(bank, each, args.seed);
         let lines = rows.iter().enumerate().map(|(i, (text, id))| Ok(format!("{text}\t{id}\t{name}-{i:05}")));
@@ -175,7 +175,7 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
 }
 
 /// Distinct sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has
-/// not so many), neutral ones included, and twice as many that only state cues, which are neutral.
+/// not so many), neutral ones included, and as many that only state cues, which are neutral.
 fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(if bank == Bank::Train { u64::MAX } else { u64::MAX - 1 });
@@ -196,10 +196,16 @@ fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
         }
     };
     for emotion in Emotion::ALL {
-        fill(each, &mut || (rationale::emotion_sentence(&mut rng, bank, emotion), emotion.goemotions_id()));
+        fill(each, &mut || {
+            let text = match bank {
+                Bank::Train => rationale::reading_sentence(&mut rng, emotion),
+                Bank::HeldOut => rationale::emotion_sentence(&mut rng, bank, emotion),
+            };
+            (text, emotion.goemotions_id())
+        });
     }
     let neutral = Emotion::Neutral.goemotions_id();
-    fill(2 * each, &mut || {
+    fill(each, &mut || {
         let count = rng.random_range(0..=20).min(2);
         let mut cues = Cue::ALL;
         cues.shuffle(&mut rng);

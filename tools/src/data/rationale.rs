@@ -422,7 +422,7 @@ fn words(bank: Bank, emotion: Emotion) -> Words {
         ),
         (Bank::Train, Emotion::Neutral) => (
             &["calm", "a neutral mood", "no strong feeling", "composure"],
-            &["calm", "neutral", "composed", "unmoved", "without any strong feeling"],
+            &["calm", "neutral", "composed", "unmoved", "indifferent"],
             &["This is a plain and neutral look.", "Nothing seems to move them.", "No emotion stands out."],
         ),
         (Bank::HeldOut, Emotion::Joy) => {
@@ -454,6 +454,89 @@ fn words(bank: Bank, emotion: Emotion) -> Words {
         ),
     };
     Words { nouns, adjectives, sentences }
+}
+
+/// More nouns and adjectives for an emotion that the verifier learns and rationales do not use: a reader must know more
+/// words than a writer. None of them is in the held-out bank.
+fn reading_words(emotion: Emotion) -> (&'static [&'static str], &'static [&'static str]) {
+    match emotion {
+        Emotion::Joy => (
+            &[
+                "cheer",
+                "enjoyment",
+                "contentment",
+                "jubilation",
+                "gaiety",
+                "mirth",
+                "euphoria",
+                "high spirits",
+                "rapture",
+            ],
+            &["content", "jolly", "jubilant", "thrilled", "ecstatic", "upbeat", "sunny", "euphoric", "in high spirits"],
+        ),
+        Emotion::Anger => (
+            &["resentment", "hatred", "aggression", "animosity", "venom", "bad temper", "spite", "outright anger"],
+            &[
+                "fuming",
+                "infuriated",
+                "resentful",
+                "cross",
+                "aggressive",
+                "spiteful",
+                "raging",
+                "boiling with rage",
+                "up in arms",
+            ],
+        ),
+        Emotion::Disgust => (
+            &["abhorrence", "queasiness", "detestation", "aversion", "sickness", "deep dislike", "abomination"],
+            &[
+                "appalled",
+                "queasy",
+                "put off",
+                "turned off",
+                "sick to the stomach",
+                "full of loathing",
+                "squeamish",
+                "averse",
+            ],
+        ),
+        Emotion::Fear => (
+            &["trepidation", "fearfulness", "mortal fear", "cold dread", "foreboding", "apprehension", "timidity"],
+            &[
+                "terror-stricken",
+                "threatened",
+                "intimidated",
+                "shaken",
+                "full of dread",
+                "scared stiff",
+                "aghast",
+                "timid",
+            ],
+        ),
+        Emotion::Sadness => (
+            &["woe", "despair", "low spirits", "anguish", "wretchedness", "despondency", "bitter tears"],
+            &[
+                "downhearted",
+                "tearful",
+                "depressed",
+                "blue",
+                "crestfallen",
+                "wretched",
+                "forlorn",
+                "despondent",
+                "down",
+            ],
+        ),
+        Emotion::Surprise => (
+            &["incredulity", "a sudden start", "startlement", "being caught unawares", "stupefaction"],
+            &["flabbergasted", "speechless", "caught off guard", "thunderstruck", "jolted", "incredulous", "staggered"],
+        ),
+        Emotion::Neutral => (
+            &["indifference", "equanimity", "quiet", "nothing in particular", "steadiness", "a resting state"],
+            &["relaxed", "even", "collected", "blank", "uninvolved", "serene", "steady", "undisturbed"],
+        ),
+    }
 }
 
 fn noun_frames(bank: Bank) -> &'static [&'static str] {
@@ -571,15 +654,25 @@ pub fn unmeasured_sentence(rng: &mut impl Rng, bank: Bank) -> String {
 
 /// A sentence that names an emotion.
 pub fn emotion_sentence(rng: &mut impl Rng, bank: Bank, emotion: Emotion) -> String {
-    let words = words(bank, emotion);
-    if !words.sentences.is_empty() && rng.random_bool(0.1) {
-        return pick(rng, words.sentences).to_string();
+    let Words { nouns, adjectives, sentences } = words(bank, emotion);
+    if !sentences.is_empty() && rng.random_bool(0.1) {
+        return pick(rng, sentences).to_string();
     }
-    let (frames, terms) = if rng.random_bool(0.5) {
-        (noun_frames(bank), words.nouns)
-    } else {
-        (adjective_frames(bank), words.adjectives)
-    };
+    frame_words(rng, bank, nouns, adjectives)
+}
+
+/// As [`emotion_sentence`] of [`Bank::Train`], with the further words that only a reader needs to know.
+pub fn reading_sentence(rng: &mut impl Rng, emotion: Emotion) -> String {
+    if rng.random_bool(0.35) {
+        return emotion_sentence(rng, Bank::Train, emotion);
+    }
+    let (nouns, adjectives) = reading_words(emotion);
+    frame_words(rng, Bank::Train, nouns, adjectives)
+}
+
+fn frame_words(rng: &mut impl Rng, bank: Bank, nouns: &[&str], adjectives: &[&str]) -> String {
+    let (frames, terms) =
+        if rng.random_bool(0.5) { (noun_frames(bank), nouns) } else { (adjective_frames(bank), adjectives) };
     let sentence = pick(rng, frames).replace("{}", pick(rng, terms));
     capitalised(&format!("{}{sentence}", pick(rng, lead_ins(bank))))
 }
@@ -728,8 +821,9 @@ mod tests {
         for bank in BANKS {
             for emotion in Emotion::ALL {
                 for _ in 0..300 {
-                    let text = emotion_sentence(&mut rng, bank, emotion);
-                    assert_eq!(cue_claims(&text), [], "{text}");
+                    for text in [emotion_sentence(&mut rng, bank, emotion), reading_sentence(&mut rng, emotion)] {
+                        assert_eq!(cue_claims(&text), [], "{text}");
+                    }
                 }
             }
             for text in resting_sentences(bank).iter().chain(unmeasured_sentences(bank)) {
@@ -791,6 +885,10 @@ mod tests {
             for emotion in Emotion::ALL {
                 let words = words(bank, emotion);
                 all.extend(words.nouns.iter().chain(words.adjectives).chain(words.sentences));
+                if bank == Bank::Train {
+                    let (nouns, adjectives) = reading_words(emotion);
+                    all.extend(nouns.iter().chain(adjectives));
+                }
             }
             for states in SUBJECTS.iter().flat_map(|s| s.states) {
                 all.extend(states.of(bank));
