@@ -13,8 +13,9 @@ use std::process::{Child, Command, Output, Stdio};
 use candor::observation::Observation;
 use candor::text::Tokenizer;
 use candor::verify::emotions::GO_EMOTIONS;
+use candor::weights::Checkpoint;
 use serde_json::{Value, json};
-use weights::{Case, Stored, Tensors, uniform, write_folder};
+use weights::{Case, Stored, Tensors, uniform, write_folder, write_tensors};
 
 /// Four seconds of pictures without a face, as fast as they can be read.
 const PICTURES: &str =
@@ -134,6 +135,12 @@ fn failure(command: &mut Command) -> String {
     String::from_utf8(output.stderr).expect("UTF-8")
 }
 
+/// What a run that failed said of it.
+fn failure_of(output: &Output) -> String {
+    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
 fn without_times(mut lines: Vec<Value>) -> Vec<Value> {
     for line in &mut lines {
         line.as_object_mut().expect("an object").remove("times").expect("times");
@@ -164,6 +171,51 @@ fn lines_follow_the_schema_and_repeat_themselves() {
         }
         assert_eq!(without_times(first), without_times(lines(&mut models.watch(&arguments))), "{policy}");
     }
+}
+
+#[test]
+fn trace_writes_what_the_stages_give() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name);
+    let trace = |arguments: &[(&str, &str)], out: &str| {
+        let mut command = candor();
+        command.arg("trace").arg("--out").arg(path(out));
+        arguments.iter().for_each(|(option, name)| drop(command.arg(option).arg(path(name))));
+        command
+    };
+    let outputs = |out: &str| {
+        let tensors = Checkpoint::open_file(&path(out)).expect("the outputs open");
+        tensors
+            .names()
+            .map(|name| (name.to_owned(), tensors.raw(name).expect("a tensor").shape.to_vec()))
+            .collect::<Vec<_>>()
+    };
+    let (model, verifier) = (Case::load("even"), Case::load("bert"));
+    write_folder(&path("model"), &model.config("tied.f16"), &model.tensors("tied.f16"));
+    write_folder(&path("verifier"), &verifier.config("untied.f32"), &verifier.tensors("untied.f32"));
+    write_tensors(&path("whole"), &model.inputs());
+    write_tensors(&path("text"), &Tensors::from([("in.ids".to_owned(), Stored::i64(&[2, 5, 3]))]));
+    let mut both = model.inputs();
+    both.insert("in.ids".to_owned(), Stored::i64(&[2, 5, 3]));
+    write_tensors(&path("both"), &both);
+
+    assert!(run(&mut trace(&[("--model", "model"), ("--inputs", "whole")], "out")).status.success());
+    let goldens = Checkpoint::open_file(&model.goldens()).expect("the goldens open");
+    let told = outputs("out");
+    assert_eq!(told.len(), goldens.names().filter(|name| name.starts_with("tied.f16/")).count());
+    for (name, shape) in told {
+        assert_eq!(shape, goldens.raw(&format!("tied.f16/{name}")).expect("a golden").shape, "{name}");
+    }
+    assert!(run(&mut trace(&[("--verifier", "verifier"), ("--inputs", "text")], "logits")).status.success());
+    assert_eq!(outputs("logits"), [("out.logits".to_owned(), vec![28])]);
+
+    let all = [("--model", "model"), ("--verifier", "verifier"), ("--inputs", "both")];
+    assert!(failure_of(&run(&mut trace(&all, "unused"))).contains("out.logits would be written by both"));
+    let none = [("--verifier", "verifier"), ("--inputs", "whole")];
+    assert!(failure_of(&run(&mut trace(&none, "unused"))).contains("in.ids"));
+    let wrong = [("--model", "verifier"), ("--inputs", "whole")];
+    assert!(failure_of(&run(&mut trace(&wrong, "unused"))).contains("config.json"));
+    assert!(!path("unused").exists());
 }
 
 #[test]

@@ -24,6 +24,9 @@ pub const INSTRUCTION: &str = "Which emotion does the face show, and why?";
 /// Share of the noisy part whose rationale names a wrong emotion, as in real caption data.
 const WRONG_SHARE: f64 = 1.0 / 3.0;
 
+/// How often each sentence that is said as it stands is among the verifier's.
+const FIXED_TIMES: usize = 8;
+
 /// `candor-tools data faces`
 #[derive(Args)]
 pub struct FacesArgs {
@@ -174,8 +177,9 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
     samples
 }
 
-/// Distinct sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has
-/// not so many), neutral ones included, and as many that only state cues, which are neutral.
+/// Sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has not so
+/// many), neutral ones included, and as many that only state cues, which are neutral. All differ, but for the few that
+/// are always said in the same words: the verifier is to know those for certain.
 fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(if bank == Bank::Train { u64::MAX } else { u64::MAX - 1 });
@@ -222,6 +226,11 @@ fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
         };
         (text, neutral)
     });
+    if bank == Bank::Train {
+        for (text, emotion) in rationale::fixed_sentences() {
+            rows.extend(std::iter::repeat_n((text.to_owned(), emotion.goemotions_id()), FIXED_TIMES));
+        }
+    }
     rows.shuffle(&mut rng);
     rows
 }

@@ -539,6 +539,42 @@ fn reading_words(emotion: Emotion) -> (&'static [&'static str], &'static [&'stat
     }
 }
 
+/// Frames around a noun that the verifier learns and rationales do not use.
+const READING_NOUN_FRAMES: &[&str] = &[
+    "there is {} in this face.",
+    "we see {} here.",
+    "a clear case of {}.",
+    "{} is written all over the face.",
+    "the whole face is full of {}.",
+    "one can sense {} in the way they look.",
+    "the scene is one of {}.",
+    "such a face tells of {}.",
+    "that is how {} looks.",
+    "the main emotion is {}.",
+    "the woman expresses {}.",
+    "the man is showing {}.",
+    "his voice and his look betray {}.",
+    "nothing but {} could explain this.",
+];
+
+/// Frames around an adjective that the verifier learns and rationales do not use.
+const READING_FRAMES: &[&str] = &[
+    "she is {}.",
+    "he looks {}.",
+    "the woman seems to be {}.",
+    "the man sounds {}.",
+    "the child is visibly {}.",
+    "clearly, somebody is {} here.",
+    "what we see is a {} person.",
+    "their mood is best called {}.",
+    "most people would call this {}.",
+    "he or she has become {}.",
+    "I think that they are {}.",
+    "everything about them is {}.",
+    "being {} makes people look like that.",
+    "only a person who is {} looks so.",
+];
+
 fn noun_frames(bank: Bank) -> &'static [&'static str] {
     match bank {
         Bank::Train => &[
@@ -652,6 +688,22 @@ pub fn unmeasured_sentence(rng: &mut impl Rng, bank: Bank) -> String {
     pick(rng, unmeasured_sentences(bank)).to_string()
 }
 
+/// Bytes at the start of a rationale in which it says that nothing could be made out; 0 where it does not say so.
+pub fn unmeasured_start(rationale: &str) -> usize {
+    let mut sentences = unmeasured_sentences(Bank::Train).iter();
+    sentences.find(|sentence| rationale.starts_with(**sentence)).map_or(0, |sentence| sentence.len())
+}
+
+/// Every sentence of the training bank that is said as it stands, with the emotion it names: neutral where it names
+/// none.
+pub fn fixed_sentences() -> impl Iterator<Item = (&'static str, Emotion)> {
+    let plain = resting_sentences(Bank::Train).iter().chain(unmeasured_sentences(Bank::Train));
+    let named = Emotion::ALL
+        .into_iter()
+        .flat_map(|emotion| words(Bank::Train, emotion).sentences.iter().map(move |&sentence| (sentence, emotion)));
+    plain.map(|&sentence| (sentence, Emotion::Neutral)).chain(named)
+}
+
 /// A sentence that names an emotion.
 pub fn emotion_sentence(rng: &mut impl Rng, bank: Bank, emotion: Emotion) -> String {
     let Words { nouns, adjectives, sentences } = words(bank, emotion);
@@ -661,13 +713,16 @@ pub fn emotion_sentence(rng: &mut impl Rng, bank: Bank, emotion: Emotion) -> Str
     frame_words(rng, bank, nouns, adjectives)
 }
 
-/// As [`emotion_sentence`] of [`Bank::Train`], with the further words that only a reader needs to know.
+/// As [`emotion_sentence`] of [`Bank::Train`], with the further words and frames that only a reader needs to know.
 pub fn reading_sentence(rng: &mut impl Rng, emotion: Emotion) -> String {
-    if rng.random_bool(0.35) {
-        return emotion_sentence(rng, Bank::Train, emotion);
+    let own = words(Bank::Train, emotion);
+    let (nouns, adjectives) = if rng.random_bool(0.35) { (own.nouns, own.adjectives) } else { reading_words(emotion) };
+    if rng.random_bool(0.5) {
+        return frame_words(rng, Bank::Train, nouns, adjectives);
     }
-    let (nouns, adjectives) = reading_words(emotion);
-    frame_words(rng, Bank::Train, nouns, adjectives)
+    let (frames, terms) =
+        if rng.random_bool(0.5) { (READING_NOUN_FRAMES, nouns) } else { (READING_FRAMES, adjectives) };
+    capitalised(&pick(rng, frames).replace("{}", pick(rng, terms)))
 }
 
 fn frame_words(rng: &mut impl Rng, bank: Bank, nouns: &[&str], adjectives: &[&str]) -> String {
@@ -688,8 +743,8 @@ pub fn claims_of(measured: &[f32; Cue::COUNT]) -> Vec<(Claim, f32)> {
 }
 
 /// The text between `<think>` and `</think>` for a face with the given measured cues (none where they could not be
-/// measured): two or three cues in one or two sentences, the salient ones likelier, then one or two sentences that
-/// draw `emotion` from them.
+/// measured): two or three cues in one or two sentences, the salient ones likelier, in the order of [`Cue::ALL`]; then
+/// one or two sentences that draw `emotion` from them.
 pub fn rationale(rng: &mut impl Rng, bank: Bank, measured: Option<&[f32; Cue::COUNT]>, emotion: Emotion) -> String {
     let mut sentences = Vec::new();
     match measured {
@@ -704,6 +759,8 @@ pub fn rationale(rng: &mut impl Rng, bank: Bank, measured: Option<&[f32; Cue::CO
                 let Ok(&at) = indices.choose_weighted(rng, |&i| claims[i].1 * claims[i].1) else { break };
                 chosen.push(claims.swap_remove(at));
             }
+            // From the brows down to the mouth, always: a writer that has passed a feature does not come back to it.
+            chosen.sort_by_key(|(claim, _)| claim.0);
             if chosen.is_empty() {
                 sentences.push(cue_sentence(rng, bank, &[]));
             }
@@ -862,6 +919,7 @@ mod tests {
             let text = rationale(&mut rng, Bank::Train, Some(&measured), emotion);
             let claims = cue_claims(&text);
             assert!(claims.len() <= 3 && claims.len() >= claims_of(&measured).len().min(2), "{text}");
+            assert!(claims.is_sorted_by(|a, b| a.0 < b.0), "from the top down, nothing twice: {text}");
             for claim in claims {
                 assert!(measured[claim.0 as usize] * claim.1.sign() > STATED_BEYOND, "{text}");
             }
@@ -869,6 +927,8 @@ mod tests {
         }
         let blind = rationale(&mut rng, Bank::Train, None, Emotion::Joy);
         assert_eq!(cue_claims(&blind), []);
+        assert!(blind[..unmeasured_start(&blind)].ends_with('.'), "{blind}");
+        assert_eq!(unmeasured_start("The mouth is open."), 0);
         assert!(!blind.is_empty());
     }
 
@@ -887,7 +947,7 @@ mod tests {
                 all.extend(words.nouns.iter().chain(words.adjectives).chain(words.sentences));
                 if bank == Bank::Train {
                     let (nouns, adjectives) = reading_words(emotion);
-                    all.extend(nouns.iter().chain(adjectives));
+                    all.extend(nouns.iter().chain(adjectives).chain(READING_NOUN_FRAMES).chain(READING_FRAMES));
                 }
             }
             for states in SUBJECTS.iter().flat_map(|s| s.states) {

@@ -69,7 +69,7 @@ pub struct SftArgs {
     #[arg(long, value_enum, default_value_t = Part::Clean)]
     pub part: Part,
     /// Views of each photograph: as it is, then changed at random.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 2)]
     pub views: usize,
     /// Layers of the tower to use; all by default.
     #[arg(long)]
@@ -99,7 +99,7 @@ pub struct SftArgs {
     #[arg(long, default_value_t = 512)]
     pub hidden: usize,
     /// Passes over the photographs.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 3.0)]
     pub passes: f64,
     /// Samples a step.
     #[arg(long, default_value_t = 32)]
@@ -113,6 +113,10 @@ pub struct SftArgs {
     /// Weight of a label's token beside one of the rationale.
     #[arg(long, default_value_t = 4.0)]
     pub label_weight: f32,
+    /// Weight of a token that says nothing could be made out, said of photographs without measured cues: less than 1
+    /// lets the model say it only where it sees little.
+    #[arg(long, default_value_t = 0.2)]
+    pub unmeasured_weight: f32,
     /// Weight of the fast answer's loss.
     #[arg(long, default_value_t = 0.5)]
     pub fast_weight: f32,
@@ -160,6 +164,10 @@ impl SftArgs {
             self.label_weight > 0.0 && self.label_weight != 1.0,
             "--label-weight must be above 0 and different from 1, the weight of other tokens"
         );
+        ensure!(
+            self.unmeasured_weight >= 0.0 && self.unmeasured_weight != self.label_weight,
+            "--unmeasured-weight must be 0 or above and different from --label-weight"
+        );
         Ok(())
     }
 }
@@ -186,7 +194,7 @@ impl Rationales {
         );
         let path = args.data.join("tokenizer.json");
         let tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        let prompt = Prompt::new(tokenizer, &description.instruction, args.label_weight)?;
+        let prompt = Prompt::new(tokenizer, &description.instruction, args.label_weight, args.unmeasured_weight)?;
         let path = args.data.join(match args.part {
             Part::Clean => "clean.jsonl",
             Part::Noisy => "noisy.jsonl",
@@ -348,7 +356,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
     let features = Features::open(folder, &tower, &train, "train", stills, &seeds, args.threads, stop)?;
 
     let recipe = format!(
-        "sft {:?} {:?} views {} photographs {stills} passes {} batch {} rate {} decay {} weights {} {} {} noise {} \
+        "sft {:?} {:?} views {} photographs {stills} passes {} batch {} rate {} decay {} weights {} {} {} {} noise {} \
          seed {} threads {} data {}",
         args.part,
         size,
@@ -358,6 +366,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
         args.rate,
         args.weight_decay,
         args.label_weight,
+        args.unmeasured_weight,
         args.fast_weight,
         args.helper_weight,
         args.noise,

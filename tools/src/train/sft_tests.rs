@@ -128,6 +128,7 @@ fn prepare(folder: &Path) -> SftArgs {
         rate: 3e-3,
         weight_decay: 0.05,
         label_weight: 4.0,
+        unmeasured_weight: 0.2,
         fast_weight: 0.5,
         helper_weight: 0.5,
         noise: 0.1,
@@ -231,7 +232,7 @@ fn the_training_forward_pass_is_the_runtimes() {
     let args = prepare(folder.path());
     let tower = FrozenTower::open(&args.tower, None).unwrap();
     let tokenizer = Tokenizer::from_file(args.data.join("tokenizer.json")).unwrap();
-    let prompt = Prompt::new(tokenizer, INSTRUCTION, 4.0).unwrap();
+    let prompt = Prompt::new(tokenizer, INSTRUCTION, 4.0, 0.2).unwrap();
     let encoder = InstructionEncoder::new(INSTRUCTION, 9);
     let size = StudentSize {
         decoder: super::decoder::DecoderSize {

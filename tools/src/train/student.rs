@@ -10,6 +10,7 @@ use super::ops;
 use super::parameters::Plan;
 use super::projector::{Projector, ProjectorBuffers};
 use crate::data::cold_start;
+use crate::data::rationale;
 use crate::data::tokenizer::{END_OF_TEXT, TURN_END, TURN_START};
 use anyhow::{Context, anyhow, ensure};
 use rand::{Rng, SeedableRng};
@@ -65,14 +66,22 @@ pub struct Prompt {
     turn_end: u32,
     end_of_text: u32,
     label_weight: f32,
+    unmeasured_weight: f32,
 }
 
 impl Prompt {
-    /// Reads tokenizer.json; `label_weight` is that of a label's token.
-    pub fn new(tokenizer: Tokenizer, instruction: &str, label_weight: f32) -> anyhow::Result<Self> {
+    /// Reads tokenizer.json; `label_weight` is that of a label's token, `unmeasured_weight` that of a token of the
+    /// sentence that says that nothing could be made out.
+    pub fn new(
+        tokenizer: Tokenizer,
+        instruction: &str,
+        label_weight: f32,
+        unmeasured_weight: f32,
+    ) -> anyhow::Result<Self> {
         let id = |token: &str| tokenizer.token_to_id(token).with_context(|| format!("the tokenizer has no {token}"));
         let (turn_end, end_of_text) = (id(TURN_END)?, id(END_OF_TEXT)?);
-        let mut prompt = Self { before: vec![], after: vec![], turn_end, end_of_text, label_weight, tokenizer };
+        let (before, after) = (vec![], vec![]);
+        let mut prompt = Self { before, after, turn_end, end_of_text, label_weight, unmeasured_weight, tokenizer };
         prompt.before = prompt.ids(&format!("{TURN_START}user\n<vi_start>"))?;
         prompt.after = prompt.ids(&format!("<vi_end>\n{instruction}{TURN_END}\n{TURN_START}assistant\n"))?;
         Ok(prompt)
@@ -101,8 +110,9 @@ impl Prompt {
         (self.turn_end, self.end_of_text)
     }
 
-    /// Tokens with their weights: `plain` before the label, the label's own, little behind it.
-    fn weighed(&self, text: &str, label: &str, plain: f32) -> anyhow::Result<Vec<(u32, f32)>> {
+    /// Tokens with their weights: before the label that of the byte where a token starts, then the label's own, then
+    /// little.
+    fn weighed(&self, text: &str, label: &str, plain: impl Fn(usize) -> f32) -> anyhow::Result<Vec<(u32, f32)>> {
         const OPEN: &str = "<answer>";
         let start = text.rfind(OPEN).map_or(0, |at| at + OPEN.len());
         let encoding = self.encode(text)?;
@@ -110,7 +120,7 @@ impl Prompt {
         let mut tokens: Vec<(u32, f32)> = ids
             .map(|(&id, &(from, to))| {
                 let weight = match (to <= start, from >= start + label.len()) {
-                    (true, _) => plain,
+                    (true, _) => plain(from),
                     (_, true) => CLOSING,
                     _ => self.label_weight,
                 };
@@ -123,8 +133,12 @@ impl Prompt {
 
     /// Tokens of a sample.
     pub fn tokens(&self, rationale: &str, label: &str) -> anyhow::Result<Tokens> {
-        let full = self.weighed(&cold_start::completion(rationale, label), label, 1.0)?;
-        let fast = self.weighed(&format!("<answer>{label}</answer>"), label, 0.0)?;
+        let text = cold_start::completion(rationale, label);
+        let start = text.find(rationale).unwrap_or(0);
+        let unmeasured = start..start + rationale::unmeasured_start(rationale);
+        let weight = |byte| if unmeasured.contains(&byte) { self.unmeasured_weight } else { 1.0 };
+        let full = self.weighed(&text, label, weight)?;
+        let fast = self.weighed(&format!("<answer>{label}</answer>"), label, |_| 0.0)?;
         Ok(Tokens { full, fast })
     }
 }

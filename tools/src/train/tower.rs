@@ -79,13 +79,13 @@ pub struct TowerArgs {
     #[arg(long)]
     out: PathBuf,
     /// Stretches of training, SIDE:PASSES each.
-    #[arg(long, value_delimiter = ',', default_value = "84:2.0")]
+    #[arg(long, value_delimiter = ',', default_value = "84:4.0")]
     stages: Vec<Stage>,
     /// Layers of the base that are kept.
     #[arg(long, default_value_t = 11)]
     layers: usize,
     /// Learning rate at its peak.
-    #[arg(long, default_value_t = 6e-5)]
+    #[arg(long, default_value_t = 1e-4)]
     rate: f32,
     /// Factor on the learning rate from each layer to the one below.
     #[arg(long, default_value_t = 0.9)]

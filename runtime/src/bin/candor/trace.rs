@@ -21,7 +21,7 @@ pub(crate) struct Trace {
     #[arg(long, required_unless_present = "verifier")]
     model: Option<PathBuf>,
     /// Verifier folder: classifies in.ids and writes out.logits.
-    #[arg(long, conflicts_with = "model")]
+    #[arg(long)]
     verifier: Option<PathBuf>,
     /// Safetensors file with the inputs.
     #[arg(long)]
@@ -40,20 +40,23 @@ pub(crate) struct Trace {
 pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
     let device = CpuDevice::new(args.threads);
     let inputs = Checkpoint::open_file(&args.inputs)?;
-    let outputs = match (&args.model, &args.verifier) {
-        (Some(folder), _) => {
-            let start = Instant::now();
-            let mut model = Model::open(folder, device)?;
-            let opened = start.elapsed().as_secs_f64() * 1e3;
-            println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, memory());
-            let start = Instant::now();
-            let outputs = trace_model(&mut model, &inputs, args.new_tokens)?;
-            println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), memory());
-            outputs
+    let mut outputs = Vec::new();
+    if let Some(folder) = &args.model {
+        let start = Instant::now();
+        let mut model = Model::open(folder, device.clone())?;
+        let opened = start.elapsed().as_secs_f64() * 1e3;
+        println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, memory());
+        let start = Instant::now();
+        outputs.extend(trace_model(&mut model, &inputs, args.new_tokens)?);
+        println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), memory());
+    }
+    if let Some(folder) = &args.verifier {
+        let classified = trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?;
+        if let Some(twice) = classified.iter().find(|output| outputs.iter().any(|other| other.name == output.name)) {
+            anyhow::bail!("{} would be written by both --model and --verifier: trace them one by one", twice.name);
         }
-        (None, Some(folder)) => trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?,
-        (None, None) => anyhow::bail!("give --model or --verifier"),
-    };
+        outputs.extend(classified);
+    }
     write(&outputs, &args.out)
 }
 
