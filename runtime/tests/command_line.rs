@@ -180,7 +180,9 @@ fn trace_writes_what_the_stages_give() {
     let trace = |arguments: &[(&str, &str)], out: &str| {
         let mut command = candor();
         command.arg("trace").arg("--out").arg(path(out));
-        arguments.iter().for_each(|(option, name)| drop(command.arg(option).arg(path(name))));
+        for (option, name) in arguments {
+            command.arg(option).arg(path(name));
+        }
         command
     };
     let outputs = |out: &str| {
@@ -299,6 +301,22 @@ fn an_interrupt_ends_the_run_after_a_whole_line() {
     assert!(child.wait().expect("it ends").success());
     assert!(rest.is_empty() || rest.ends_with(b"\n"));
     read_lines(&rest);
+}
+
+/// A live source that never gives a frame is not waited for any longer once the user has had enough.
+#[test]
+fn an_interrupt_ends_the_wait_for_a_silent_source() {
+    let models = Models::plain();
+    let silent = "gst:appsrc is-live=true format=time ! video/x-raw,format=RGB,width=8,height=8,framerate=1/1";
+    let mut command = models.watch(&[silent]);
+    command.env("RUST_LOG", "debug").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("candor runs");
+    let mut log = BufReader::new(child.stderr.take().expect("piped")).lines();
+    assert!(log.by_ref().any(|line| line.expect("UTF-8").contains("opened gst:")), "it never waited");
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(sent.success());
+    let rest: Vec<String> = log.map(|line| line.expect("UTF-8")).collect();
+    assert!(child.wait().expect("it ends").success(), "it waited until the source was given up: {rest:?}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! that name any emotion, the probability of each label's emotion, and takes the largest sum. A rationale without such
 //! a sentence is read as neutral.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -95,6 +96,8 @@ pub struct Metrics {
     pub fast_label_accuracy: f64,
     /// Mean over the classes of the share answered rightly after the rationale.
     pub uar: f64,
+    /// That share for each class.
+    pub recall: BTreeMap<&'static str, f64>,
     /// Share of completions with a rationale and an answer.
     pub readable: f64,
     /// Share of rationales that name the right emotion.
@@ -241,13 +244,13 @@ fn measure(records: &[Record], cues: &[Option<[f32; Cue::COUNT]>]) -> (Metrics, 
     let n = records.len();
     let share = |is: &dyn Fn(&Record) -> bool| records.iter().filter(|r| is(r)).count() as f64 / n.max(1) as f64;
     let right = |r: &Record| r.answer == Some(r.truth);
-    let mut recalls = Vec::new();
-    for emotion in Emotion::all() {
-        let of: Vec<&Record> = records.iter().filter(|r| r.truth == emotion).collect();
-        if !of.is_empty() {
-            recalls.push(of.iter().filter(|r| right(r)).count() as f64 / of.len() as f64);
-        }
-    }
+    let recall: BTreeMap<&str, f64> = Emotion::all()
+        .filter_map(|emotion| {
+            let of: Vec<&Record> = records.iter().filter(|r| r.truth == emotion).collect();
+            let found = of.iter().filter(|r| right(r)).count();
+            (!of.is_empty()).then(|| (emotion.name(), found as f64 / of.len() as f64))
+        })
+        .collect();
 
     // Measured photographs in a random circle: each is also held against the cues of the next.
     let mut circle: Vec<(&Record, &[f32; Cue::COUNT])> =
@@ -267,7 +270,8 @@ fn measure(records: &[Record], cues: &[Option<[f32; Cue::COUNT]>]) -> (Metrics, 
         n,
         label_accuracy: share(&right),
         fast_label_accuracy: share(&|r| r.fast == Some(r.truth)),
-        uar: recalls.iter().sum::<f64>() / recalls.len().max(1) as f64,
+        uar: recall.values().sum::<f64>() / recall.len().max(1) as f64,
+        recall,
         readable: share(&|r| r.rationale.is_some() && r.answer.is_some()),
         eea: share(&|r| r.read == Some(r.truth)),
         epc: share(&|r| r.read.is_some() && r.read == r.answer),
@@ -294,6 +298,9 @@ fn print(metrics: &Metrics, claims: usize) {
         ("of them borne out by another face", cue(metrics.cue_accuracy_shuffled)),
     ] {
         println!("{name:42} {value}");
+    }
+    for (emotion, share) in &metrics.recall {
+        println!("  right of those that are {emotion:17} {share:.4}");
     }
 }
 
@@ -332,6 +339,8 @@ mod tests {
         assert_eq!((metrics.n, claims), (4, 2));
         assert_eq!((metrics.label_accuracy, metrics.fast_label_accuracy), (0.5, 0.5));
         assert!((metrics.uar - 1.0 / 3.0).abs() < 1e-9);
+        let recall = |class: &str| metrics.recall[Emotion::fold(class).unwrap().name()];
+        assert_eq!((recall("happy"), recall("sad"), metrics.recall.len()), (1.0, 0.0, 3));
         assert_eq!((metrics.readable, metrics.eea, metrics.epc, metrics.fcr), (0.75, 0.5, 0.25, 0.25));
         // "open" is right of both, "closed" of neither, whichever face is asked.
         assert_eq!((metrics.cue_accuracy, metrics.cue_accuracy_shuffled), (Some(0.5), Some(0.5)));

@@ -127,6 +127,7 @@ pub struct Source {
     missing: Vec<Missing>,
     failed: Option<MediaError>,
     finished: bool,
+    stop: Arc<AtomicBool>,
     frames: u64,
     next_pts_s: f64,
 }
@@ -171,6 +172,7 @@ impl Source {
             missing: Vec::new(),
             failed: None,
             finished: false,
+            stop: Arc::default(),
             frames: 0,
             next_pts_s: 0.0,
             pipeline,
@@ -193,6 +195,11 @@ impl Source {
     /// The source's name for people, without passwords.
     pub fn name(&self) -> String {
         self.spec.name()
+    }
+
+    /// Ends the source, even while it waits for a frame, once `stop` is set: as if the stream had ended.
+    pub fn stop_with(&mut self, stop: Arc<AtomicBool>) {
+        self.stop = stop;
     }
 
     /// Whether the pipeline of a `gst:` source is live: GStreamer tells when it is paused.
@@ -334,6 +341,10 @@ impl Iterator for Source {
     fn next(&mut self) -> Option<Self::Item> {
         let start = Instant::now();
         while !self.finished {
+            if self.stop.load(Ordering::SeqCst) {
+                self.finished = true;
+                return None;
+            }
             let wait = if self.failed.is_some() { gst::ClockTime::ZERO } else { LOOK };
             if let Some(frame) = self.pull(wait) {
                 return Some(frame);

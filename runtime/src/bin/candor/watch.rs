@@ -70,7 +70,8 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let settings = WatchSettings { policy: args.policy, sampling, fit: None };
     let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
     let windows = watcher.windows(args.window, args.step)?;
-    let source = Source::open(&args.source, SourceOptions::default())?;
+    let mut source = Source::open(&args.source, SourceOptions::default())?;
+    source.stop_with(Arc::clone(&stop));
     let name = source.name();
 
     let mut report = args.html.map(Report::create).transpose()?;
