@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::faces::Faces;
-use super::rationale::{self, Bank, Claim, Cue, Direction, Emotion};
+use super::rationale::{self, Bank, Claim, Emotion};
 use super::tokenizer;
 
 /// The question the default model is asked. Short, since every training sequence carries it.
@@ -49,7 +49,7 @@ pub struct FacesArgs {
     #[arg(long, default_value_t = 1024)]
     pub vocabulary: usize,
     /// Sentences an emotion for training the verifier.
-    #[arg(long, default_value_t = 800)]
+    #[arg(long, default_value_t = 1400)]
     pub sentences: usize,
 }
 
@@ -178,8 +178,8 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
 }
 
 /// Sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has not so
-/// many), neutral ones included, and as many that only state cues, which are neutral. All differ, but for the few that
-/// are always said in the same words: the verifier is to know those for certain.
+/// many), neutral ones included, as many that only state cues and, to train on, half as many about a scene, which all are
+/// neutral. They differ, but for the few that are always said in the same words: those are to be known for certain.
 fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(if bank == Bank::Train { u64::MAX } else { u64::MAX - 1 });
@@ -211,21 +211,22 @@ fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
     let neutral = Emotion::Neutral.goemotions_id();
     fill(each, &mut || {
         let count = rng.random_range(0..=20).min(2);
-        let mut cues = Cue::ALL;
-        cues.shuffle(&mut rng);
-        let claims: Vec<(Claim, f32)> = cues[..count]
-            .iter()
-            .map(|&cue| {
-                let direction = if rng.random_bool(0.5) { Direction::More } else { Direction::Less };
-                ((cue, direction), rng.random_range(0.6..3.0))
-            })
-            .collect();
+        let mut claims: Vec<(Claim, f32)> = Vec::new();
+        while claims.len() < count {
+            let claim = rationale::any_claim(&mut rng);
+            if claims.iter().all(|other| other.0.0 != claim.0.0) {
+                claims.push(claim);
+            }
+        }
         let text = match (count, rng.random_bool(0.5)) {
             (0, true) => rationale::unmeasured_sentence(&mut rng, bank),
             _ => rationale::cue_sentence(&mut rng, bank, &claims),
         };
         (text, neutral)
     });
+    if bank == Bank::Train {
+        fill(each / 2, &mut || (rationale::scene_sentence(&mut rng), neutral));
+    }
     if bank == Bank::Train {
         for (text, emotion) in rationale::fixed_sentences() {
             rows.extend(std::iter::repeat_n((text.to_owned(), emotion.goemotions_id()), FIXED_TIMES));

@@ -456,86 +456,66 @@ fn words(bank: Bank, emotion: Emotion) -> Words {
     Words { nouns, adjectives, sentences }
 }
 
-/// More nouns and adjectives for an emotion that the verifier learns and rationales do not use: a reader must know more
-/// words than a writer. None of them is in the held-out bank.
-fn reading_words(emotion: Emotion) -> (&'static [&'static str], &'static [&'static str]) {
+/// More nouns, and more adjectives, for an emotion: the verifier learns them and rationales do not use them, since a
+/// reader must know more words than a writer. None of them is in the held-out bank.
+fn reading_words(emotion: Emotion) -> [&'static str; 2] {
     match emotion {
-        Emotion::Joy => (
-            &[
-                "cheer",
-                "enjoyment",
-                "contentment",
-                "jubilation",
-                "gaiety",
-                "mirth",
-                "euphoria",
-                "high spirits",
-                "rapture",
-            ],
-            &["content", "jolly", "jubilant", "thrilled", "ecstatic", "upbeat", "sunny", "euphoric", "in high spirits"],
-        ),
-        Emotion::Anger => (
-            &["resentment", "hatred", "aggression", "animosity", "venom", "bad temper", "spite", "outright anger"],
-            &[
-                "fuming",
-                "infuriated",
-                "resentful",
-                "cross",
-                "aggressive",
-                "spiteful",
-                "raging",
-                "boiling with rage",
-                "up in arms",
-            ],
-        ),
-        Emotion::Disgust => (
-            &["abhorrence", "queasiness", "detestation", "aversion", "sickness", "deep dislike", "abomination"],
-            &[
-                "appalled",
-                "queasy",
-                "put off",
-                "turned off",
-                "sick to the stomach",
-                "full of loathing",
-                "squeamish",
-                "averse",
-            ],
-        ),
-        Emotion::Fear => (
-            &["trepidation", "fearfulness", "mortal fear", "cold dread", "foreboding", "apprehension", "timidity"],
-            &[
-                "terror-stricken",
-                "threatened",
-                "intimidated",
-                "shaken",
-                "full of dread",
-                "scared stiff",
-                "aghast",
-                "timid",
-            ],
-        ),
-        Emotion::Sadness => (
-            &["woe", "despair", "low spirits", "anguish", "wretchedness", "despondency", "bitter tears"],
-            &[
-                "downhearted",
-                "tearful",
-                "depressed",
-                "blue",
-                "crestfallen",
-                "wretched",
-                "forlorn",
-                "despondent",
-                "down",
-            ],
-        ),
-        Emotion::Surprise => (
-            &["incredulity", "a sudden start", "startlement", "being caught unawares", "stupefaction"],
-            &["flabbergasted", "speechless", "caught off guard", "thunderstruck", "jolted", "incredulous", "staggered"],
-        ),
-        Emotion::Neutral => (
-            &["indifference", "equanimity", "quiet", "nothing in particular", "steadiness", "a resting state"],
-            &["relaxed", "even", "collected", "blank", "uninvolved", "serene", "steady", "undisturbed"],
-        ),
+        Emotion::Joy => [
+            "cheer, enjoyment, contentment, jubilation, gaiety, mirth, euphoria, high spirits, rapture, cheerfulness, \
+             rejoicing, exultation, exhilaration, ecstasy, amusement, merriment, satisfaction, pure fun, laughter, \
+             a good mood, a big smile, thorough enjoyment, jolliness, felicity, well-being",
+            "content, jolly, jubilant, thrilled, ecstatic, upbeat, sunny, euphoric, in high spirits, blissful, beaming, \
+             exultant, joyous, radiant, amused, exhilarated, over the moon, on cloud nine, in a good mood, smiling, \
+             laughing, full of cheer, lighthearted, satisfied, having fun",
+        ],
+        Emotion::Anger => [
+            "resentment, hatred, aggression, animosity, venom, bad temper, spite, outright anger, vexation, irritation, \
+             exasperation, temper, enmity, ferocity, a burning grudge, bitterness, annoyance, hot temper, fierceness, \
+             righteous anger, bad blood, belligerence, cold fury, an outburst of rage, displeasure",
+            "fuming, infuriated, resentful, cross, aggressive, spiteful, raging, boiling with rage, up in arms, outraged, \
+             indignant, wrathful, exasperated, irritated, annoyed, vexed, bitter, hateful, fierce, belligerent, \
+             mad as hell, foaming at the mouth, hot-tempered, hopping mad, provoked, ticked off",
+        ],
+        Emotion::Disgust => [
+            "abhorrence, queasiness, detestation, aversion, sickness, deep dislike, abomination, contempt and disgust, \
+             squeamishness, odium, a foul taste, a bad smell, antipathy, utter loathing, a sick feeling, the urge to \
+             vomit, a wrinkled nose of disgust, offence at something foul",
+            "appalled, queasy, put off, turned off, sick to the stomach, full of loathing, squeamish, averse, offended by \
+             the smell, nauseous, ready to throw up, about to vomit, displeased by the taste, full of revulsion, \
+             creeped out and disgusted, sick of it, gagging",
+        ],
+        Emotion::Fear => [
+            "trepidation, fearfulness, mortal fear, cold dread, foreboding, apprehension, timidity, anxiety, nervousness, \
+             consternation, phobia, cold feet, cowardice, worry and fear, uneasiness, distress and fear, a threat, \
+             being hunted, hysteria, the creeps, jitters, a nightmare",
+            "terror-stricken, threatened, intimidated, shaken, full of dread, scared stiff, aghast, timid, alarmed, \
+             panicky, anxious, apprehensive, nervous, worried, trembling, on edge, freaked \
+             out, frightened to death, haunted, uneasy, afraid for their life, cowering",
+        ],
+        Emotion::Sadness => [
+            "woe, despair, low spirits, anguish, wretchedness, despondency, bitter tears, grief, mourning, a broken \
+             heart, depression, loneliness, regret, tearfulness, hopelessness, desolation, heartbreak, unhappy \
+             thoughts, the blues, gloominess, a loss, disappointment, crying, weeping, hurt",
+            "downhearted, tearful, depressed, blue, crestfallen, wretched, forlorn, despondent, down, \
+             melancholic, grieving, in tears, hopeless, lonely, low, brokenhearted, weepy, desolate, dispirited, \
+             disheartened, hurt, sorrow-stricken, in mourning, crying",
+        ],
+        Emotion::Surprise => [
+            "incredulity, a sudden start, startlement, being caught unawares, stupefaction, wonder, disbelief, a bolt \
+             from the blue, the unexpected, open-mouthed wonder, amazed disbelief, bewilderment, a big surprise, \
+             something unforeseen, an unexpected turn, wide-eyed wonder, a shocking revelation",
+            "flabbergasted, speechless, caught off guard, thunderstruck, jolted, incredulous, staggered, stupefied, \
+             dazed, blown away, floored, taken by surprise, bewildered, awestruck, caught unawares, unprepared for \
+             it, agape with amazement, dumbstruck, gobsmacked, wide-eyed, nonplussed, startled out of their wits",
+        ],
+        Emotion::Neutral => [
+            "indifference, equanimity, quiet, nothing in particular, steadiness, a resting state, no emotion at all, an \
+             ordinary mood, neutrality, an absence of feeling, calmness, routine, a level mood, tranquillity, a plain \
+             state, a blank look, stillness, a usual mood, an average day, detachment, serenity",
+            "relaxed, even, collected, blank, uninvolved, serene, steady, undisturbed, emotionless, unemotional, \
+             level-headed, at rest, tranquil, deadpan, detached, placid, ordinary, in a normal mood, unconcerned, \
+             neither happy nor sad, unexcited, stoic, plain, poker-faced, indifferent to it all",
+        ],
     }
 }
 
@@ -555,6 +535,20 @@ const READING_NOUN_FRAMES: &[&str] = &[
     "the man is showing {}.",
     "his voice and his look betray {}.",
     "nothing but {} could explain this.",
+    "all of this indicates {}.",
+    "these are typical signs of {}.",
+    "it is reasonable to conclude that the person feels {}.",
+    "I believe that we are looking at {}.",
+    "if I had to name it, I would call it {}.",
+    "what she feels must be {}.",
+    "he is overcome by {}.",
+    "from what can be seen, {} is the most likely emotion.",
+    "the answer is {}.",
+    "this reflects a feeling of {}.",
+    "you could say that there is {} in the air.",
+    "most viewers will think of {}.",
+    "it conjures up {}.",
+    "the look in her eyes suggests a sense of {}.",
 ];
 
 /// Frames around an adjective that the verifier learns and rationales do not use.
@@ -565,7 +559,7 @@ const READING_FRAMES: &[&str] = &[
     "the man sounds {}.",
     "the child is visibly {}.",
     "clearly, somebody is {} here.",
-    "what we see is a {} person.",
+    "what we see is a person who is {}.",
     "their mood is best called {}.",
     "most people would call this {}.",
     "he or she has become {}.",
@@ -573,6 +567,69 @@ const READING_FRAMES: &[&str] = &[
     "everything about them is {}.",
     "being {} makes people look like that.",
     "only a person who is {} looks so.",
+    "we can infer that he must be {}.",
+    "a stranger would tell you that this person is {}.",
+    "I am fairly sure that this someone was {} at the time.",
+    "it would be fair to say that they were {}.",
+    "the one in the picture looks rather {}.",
+    "if you ask me, he or she is {}.",
+    "it seems to me that she might be {}.",
+    "you would guess that the girl was {}.",
+    "the speaker is {}, as far as one can tell.",
+    "in my opinion the boy feels {}.",
+    "one gets the idea that he has been {}.",
+    "it could well be that they are {}.",
+    "one word for how she looks is {}.",
+    "nobody would doubt that the person is {}.",
+];
+
+/// Frames around what a face shows, stated as [`cue_sentence`] does without its full stop, and a sentence that names an
+/// emotion: rationales often say both in one breath.
+const READING_BOTH: &[&str] = &["{}, so {}", "{}, and {}", "{}: {}", "{}; {}", "since {}, {}", "{}, which is why {}"];
+
+/// People, what they do, and where: a scene that names no emotion.
+const SCENES: [&[&str]; 3] = [
+    &[
+        "a man",
+        "a woman",
+        "the person",
+        "an older man",
+        "a young woman",
+        "the speaker",
+        "someone",
+        "a child",
+        "the boy",
+    ],
+    &[
+        "sits",
+        "stands",
+        "is talking",
+        "is wearing a dark shirt",
+        "wears glasses",
+        "holds a phone",
+        "turns the head to the left",
+        "looks at the camera",
+        "looks to the side",
+        "has long hair",
+        "is seen from the front",
+        "is speaking to somebody",
+        "moves a hand",
+        "is facing us",
+        "says a few words",
+    ],
+    &[
+        "",
+        " in a room",
+        " at a table",
+        " in front of a white wall",
+        " outdoors",
+        " in the first seconds",
+        " during the clip",
+        " near a window",
+        " on the left of the picture",
+        " next to another person",
+        " in an office",
+    ],
 ];
 
 fn noun_frames(bank: Bank) -> &'static [&'static str] {
@@ -634,6 +691,15 @@ fn pick<'a>(rng: &mut impl Rng, from: &[&'a str]) -> &'a str {
 fn capitalised(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+/// First letter in lower case, but for "I".
+fn uncapitalised(text: &str) -> String {
+    let mut letters = text.chars();
+    match letters.next() {
+        Some(first) if !text.starts_with("I ") => first.to_lowercase().chain(letters).collect(),
+        _ => text.to_owned(),
+    }
 }
 
 /// A clause that states a claim: with its verb ("the mouth is open"), or without ("the mouth open", "parted lips").
@@ -716,13 +782,34 @@ pub fn emotion_sentence(rng: &mut impl Rng, bank: Bank, emotion: Emotion) -> Str
 /// As [`emotion_sentence`] of [`Bank::Train`], with the further words and frames that only a reader needs to know.
 pub fn reading_sentence(rng: &mut impl Rng, emotion: Emotion) -> String {
     let own = words(Bank::Train, emotion);
-    let (nouns, adjectives) = if rng.random_bool(0.35) { (own.nouns, own.adjectives) } else { reading_words(emotion) };
-    if rng.random_bool(0.5) {
-        return frame_words(rng, Bank::Train, nouns, adjectives);
+    let [more_nouns, more_adjectives] = reading_words(emotion).map(|words| words.split(", ").collect::<Vec<_>>());
+    let (nouns, adjectives) =
+        if rng.random_bool(0.25) { (own.nouns, own.adjectives) } else { (&more_nouns[..], &more_adjectives[..]) };
+    let sentence = if rng.random_bool(0.4) {
+        frame_words(rng, Bank::Train, nouns, adjectives)
+    } else {
+        let (frames, terms) =
+            if rng.random_bool(0.5) { (READING_NOUN_FRAMES, nouns) } else { (READING_FRAMES, adjectives) };
+        capitalised(&pick(rng, frames).replace("{}", pick(rng, terms)))
+    };
+    if rng.random_bool(0.85) {
+        return sentence;
     }
-    let (frames, terms) =
-        if rng.random_bool(0.5) { (READING_NOUN_FRAMES, nouns) } else { (READING_FRAMES, adjectives) };
-    capitalised(&pick(rng, frames).replace("{}", pick(rng, terms)))
+    let (claim, strength) = any_claim(rng);
+    let shown = clause(rng, Bank::Train, claim, strength, true);
+    let both = pick(rng, READING_BOTH).replacen("{}", &shown, 1).replacen("{}", &uncapitalised(&sentence), 1);
+    capitalised(&both)
+}
+
+/// A sentence about a scene that names no emotion, for the verifier.
+pub fn scene_sentence(rng: &mut impl Rng) -> String {
+    capitalised(&format!("{}.", SCENES.map(|part| pick(rng, part)).join(" ").replace("  ", " ").trim_end()))
+}
+
+/// A claim about any cue, with how far it lies from a neutral face.
+pub fn any_claim(rng: &mut impl Rng) -> (Claim, f32) {
+    let cue = Cue::ALL[rng.random_range(0..Cue::COUNT)];
+    ((cue, if rng.random_bool(0.5) { More } else { Less }), rng.random_range(STATED_BEYOND..3.0))
 }
 
 fn frame_words(rng: &mut impl Rng, bank: Bank, nouns: &[&str], adjectives: &[&str]) -> String {
@@ -878,14 +965,27 @@ mod tests {
         for bank in BANKS {
             for emotion in Emotion::ALL {
                 for _ in 0..300 {
-                    for text in [emotion_sentence(&mut rng, bank, emotion), reading_sentence(&mut rng, emotion)] {
-                        assert_eq!(cue_claims(&text), [], "{text}");
-                    }
+                    let text = emotion_sentence(&mut rng, bank, emotion);
+                    assert_eq!(cue_claims(&text), [], "{text}");
                 }
             }
             for text in resting_sentences(bank).iter().chain(unmeasured_sentences(bank)) {
                 assert_eq!(cue_claims(text), [], "{text}");
             }
+        }
+    }
+
+    #[test]
+    fn sentences_to_read_are_whole() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        for round in 0..3000 {
+            let emotion = Emotion::ALL[round % 7];
+            for text in [reading_sentence(&mut rng, emotion), scene_sentence(&mut rng)] {
+                let clean = !text.contains("{}") && !text.contains("  ") && text.ends_with('.');
+                assert!(clean && text.starts_with(char::is_uppercase), "{text:?}");
+            }
+            let claims = cue_claims(&scene_sentence(&mut rng));
+            assert_eq!(claims, []);
         }
     }
 
@@ -946,8 +1046,8 @@ mod tests {
                 let words = words(bank, emotion);
                 all.extend(words.nouns.iter().chain(words.adjectives).chain(words.sentences));
                 if bank == Bank::Train {
-                    let (nouns, adjectives) = reading_words(emotion);
-                    all.extend(nouns.iter().chain(adjectives).chain(READING_NOUN_FRAMES).chain(READING_FRAMES));
+                    all.extend(reading_words(emotion).iter().flat_map(|words| words.split(", ")));
+                    all.extend(READING_NOUN_FRAMES.iter().chain(READING_FRAMES));
                 }
             }
             for states in SUBJECTS.iter().flat_map(|s| s.states) {
@@ -955,8 +1055,18 @@ mod tests {
             }
             all
         };
-        let shared: Vec<_> = gather(Bank::Train).intersection(&gather(Bank::HeldOut)).copied().collect();
+        let train = gather(Bank::Train);
+        let shared: Vec<_> = train.intersection(&gather(Bank::HeldOut)).copied().collect();
         assert_eq!(shared, Vec::<&str>::new());
+        // Nor does a held-out word stand within a longer wording.
+        let letters = |c: char| !c.is_alphabetic();
+        let trained: BTreeSet<&str> = train.iter().flat_map(|text| text.split(letters)).collect();
+        for emotion in Emotion::ALL {
+            let Words { nouns, adjectives, .. } = words(Bank::HeldOut, emotion);
+            for word in nouns.iter().chain(adjectives).filter(|word| !word.contains(letters)) {
+                assert!(!trained.contains(word), "{word}");
+            }
+        }
     }
 
     #[test]

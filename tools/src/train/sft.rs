@@ -69,7 +69,7 @@ pub struct SftArgs {
     #[arg(long, value_enum, default_value_t = Part::Clean)]
     pub part: Part,
     /// Views of each photograph: as it is, then changed at random.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub views: usize,
     /// Layers of the tower to use; all by default.
     #[arg(long)]
@@ -99,7 +99,7 @@ pub struct SftArgs {
     #[arg(long, default_value_t = 512)]
     pub hidden: usize,
     /// Passes over the photographs.
-    #[arg(long, default_value_t = 3.0)]
+    #[arg(long, default_value_t = 2.0)]
     pub passes: f64,
     /// Samples a step.
     #[arg(long, default_value_t = 32)]

@@ -69,7 +69,7 @@ pub struct VerifierArgs {
     #[arg(long)]
     out: PathBuf,
     /// Passes over the training sentences.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 3)]
     passes: u64,
     /// Learning rate of the encoder at its peak; the head's is ten times that.
     #[arg(long, default_value_t = 1e-4)]
