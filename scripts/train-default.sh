@@ -39,3 +39,4 @@ fi
 "$tools" eval --model "$runs/sft/model" --verifier "$runs/verifier/verifier" --faces "$faces" --part val --json
 "$tools" eval-verifier --verifier "$runs/verifier/verifier" --tsv "$goemotions/dev.tsv" --json
 "$tools" eval-verifier --verifier "$runs/verifier/verifier" --tsv "$runs/data/sentences-heldout.tsv" --json
+"$tools" eval-verifier --verifier "$runs/verifier/verifier" --tsv "$runs/data/sentences-heldout-words.tsv" --json

@@ -27,6 +27,9 @@ const WRONG_SHARE: f64 = 1.0 / 3.0;
 /// How often each sentence that is said as it stands is among the verifier's.
 const FIXED_TIMES: usize = 8;
 
+/// Sentences an emotion for testing the verifier.
+const HELD_OUT_EACH: usize = 145;
+
 /// `candor-tools data faces`
 #[derive(Args)]
 pub struct FacesArgs {
@@ -100,9 +103,13 @@ pub fn run(args: &FacesArgs) -> anyhow::Result<()> {
     write_lines(&args.out.join("clean.jsonl"), clean.iter().map(serde_json::to_string))?;
     write_lines(&args.out.join("noisy.jsonl"), noisy.iter().map(serde_json::to_string))?;
 
-    for (bank, name, each) in [(Bank::Train, "train", args.sentences), (Bank::HeldOut, "heldout", 145)] {
+    for (set, name, each) in [
+        (Sentences::Train, "train", args.sentences),
+        (Sentences::HeldOut, "heldout", HELD_OUT_EACH),
+        (Sentences::HeldOutWords, "heldout-words", HELD_OUT_EACH),
+    ] {
         let path = args.out.join(format!("sentences-{name}.tsv"));
-        let rows = sentences(bank, each, args.seed);
+        let rows = sentences(set, each, args.seed);
         let lines = rows.iter().enumerate().map(|(i, (text, id))| Ok(format!("{text}\t{id}\t{name}-{i:05}")));
         write_lines(&path, lines)?;
     }
@@ -177,12 +184,25 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
     samples
 }
 
+/// What sentences for the verifier are for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sentences {
+    /// To learn.
+    Train,
+    /// To test: no wording is learnt, the emotion words are.
+    HeldOut,
+    /// To test: neither wording nor emotion word is learnt.
+    HeldOutWords,
+}
+
 /// Sentences with the GoEmotions id a verifier must read in them: `each` an emotion (fewer where a bank has not so
-/// many), neutral ones included, as many that only state cues and, to train on, half as many about a scene, which all are
-/// neutral. They differ, but for the few that are always said in the same words: those are to be known for certain.
-fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
+/// many), neutral ones included, and, but for those of new words, as many that only state cues. Those to learn have half
+/// as many about a scene besides. Cues and scenes are neutral. They differ, but for the few that are always said in the
+/// same words: those are to be known for certain.
+fn sentences(set: Sentences, each: usize, seed: u64) -> Vec<(String, u32)> {
+    let bank = if set == Sentences::Train { Bank::Train } else { Bank::HeldOut };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(if bank == Bank::Train { u64::MAX } else { u64::MAX - 1 });
+    rng.set_stream(u64::MAX - set as u64);
     let mut seen = HashSet::new();
     let mut rows = Vec::new();
     let mut fill = |wanted: usize, make: &mut dyn FnMut() -> (String, u32)| {
@@ -201,15 +221,16 @@ fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
     };
     for emotion in Emotion::ALL {
         fill(each, &mut || {
-            let text = match bank {
-                Bank::Train => rationale::reading_sentence(&mut rng, emotion),
-                Bank::HeldOut => rationale::emotion_sentence(&mut rng, bank, emotion),
+            let text = match set {
+                Sentences::Train => rationale::reading_sentence(&mut rng, emotion),
+                Sentences::HeldOut => rationale::reworded_sentence(&mut rng, emotion),
+                Sentences::HeldOutWords => rationale::emotion_sentence(&mut rng, bank, emotion),
             };
             (text, emotion.goemotions_id())
         });
     }
     let neutral = Emotion::Neutral.goemotions_id();
-    fill(each, &mut || {
+    fill(if set == Sentences::HeldOutWords { 0 } else { each }, &mut || {
         let count = rng.random_range(0..=20).min(2);
         let mut claims: Vec<(Claim, f32)> = Vec::new();
         while claims.len() < count {
@@ -224,10 +245,8 @@ fn sentences(bank: Bank, each: usize, seed: u64) -> Vec<(String, u32)> {
         };
         (text, neutral)
     });
-    if bank == Bank::Train {
+    if set == Sentences::Train {
         fill(each / 2, &mut || (rationale::scene_sentence(&mut rng), neutral));
-    }
-    if bank == Bank::Train {
         for (text, emotion) in rationale::fixed_sentences() {
             rows.extend(std::iter::repeat_n((text.to_owned(), emotion.goemotions_id()), FIXED_TIMES));
         }

@@ -801,6 +801,16 @@ pub fn reading_sentence(rng: &mut impl Rng, emotion: Emotion) -> String {
     capitalised(&both)
 }
 
+/// A sentence that names an emotion in a held-out wording, with one of the words that the verifier learns.
+pub fn reworded_sentence(rng: &mut impl Rng, emotion: Emotion) -> String {
+    let own = words(Bank::Train, emotion);
+    if rng.random_bool(0.25) {
+        return frame_words(rng, Bank::HeldOut, own.nouns, own.adjectives);
+    }
+    let [nouns, adjectives] = reading_words(emotion).map(|words| words.split(", ").collect::<Vec<_>>());
+    frame_words(rng, Bank::HeldOut, &nouns, &adjectives)
+}
+
 /// A sentence about a scene that names no emotion, for the verifier.
 pub fn scene_sentence(rng: &mut impl Rng) -> String {
     capitalised(&format!("{}.", SCENES.map(|part| pick(rng, part)).join(" ").replace("  ", " ").trim_end()))

@@ -95,6 +95,9 @@ impl AdamW {
             tasks.push((piece, value, m, v));
         }
         tasks.into_par_iter().for_each(|(piece, values, first, second)| {
+            if piece.rate == 0.0 {
+                return; // stays as it is
+            }
             let rate = rate * piece.rate;
             let shrink = if piece.decay { 1.0 - rate * decay } else { 1.0 };
             let gradient = &gradient[piece.start..piece.end];

@@ -74,6 +74,10 @@ pub struct VerifierArgs {
     /// Learning rate of the encoder at its peak; the head's is ten times that.
     #[arg(long, default_value_t = 1e-4)]
     rate: f32,
+    /// Factor on the learning rate of the word vectors. Where those of words in the training sentences stay, words
+    /// that are in none of them keep their place among their like.
+    #[arg(long, default_value_t = 0.0)]
+    words_rate: f32,
     /// Weight decay.
     #[arg(long, default_value_t = 0.01)]
     weight_decay: f32,
@@ -191,7 +195,7 @@ struct Worker {
 }
 
 impl Verifier {
-    fn new(config: BertConfig) -> anyhow::Result<Self> {
+    fn new(config: BertConfig, words_rate: f32) -> anyhow::Result<Self> {
         ensure!(config.hidden_act == "gelu", "hidden_act is {:?}; only \"gelu\" can be trained", config.hidden_act);
         let sizes =
             [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size];
@@ -205,7 +209,8 @@ impl Verifier {
         let mut plan = Plan::default();
         let table = Treatment { decay: false, rate: 1.0 };
         let name = |part: &str| format!("bert.embeddings.{part}.weight");
-        let words = plan.add(name("word_embeddings"), &[config.vocab_size, width], table);
+        let slow = Treatment { rate: words_rate, ..table };
+        let words = plan.add(name("word_embeddings"), &[config.vocab_size, width], slow);
         let positions = plan.add(name("position_embeddings"), &[config.max_position_embeddings, width], table);
         let types = plan.add(name("token_type_embeddings"), &[config.type_vocab_size, width], table);
         let norm = Affine::norm(&mut plan, "bert.embeddings.LayerNorm", width, 1.0);
@@ -541,6 +546,7 @@ fn batches(examples: &[Example], seed: u64, pass: u64) -> Vec<Vec<usize>> {
 pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
     ensure!((1..=BATCH).contains(&args.threads), "--threads must lie between 1 and {BATCH}");
     ensure!(args.passes > 0, "--passes must be at least 1");
+    ensure!((0.0..=10.0).contains(&args.words_rate), "--words-rate must lie between 0 and 10");
     ensure!((0.0..0.5).contains(&args.hold), "--hold must lie between 0 and 0.5");
     let config_path = args.base.join("config.json");
     let text = std::fs::read_to_string(&config_path).with_context(|| format!("{}", config_path.display()))?;
@@ -549,7 +555,7 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
         (8..=config.max_position_embeddings).contains(&args.pieces),
         "--pieces must lie between 8 and the base's positions"
     );
-    let verifier = Verifier::new(config).with_context(|| format!("{}", config_path.display()))?;
+    let verifier = Verifier::new(config, args.words_rate).with_context(|| format!("{}", config_path.display()))?;
     let tokenizer_path = args.base.join("tokenizer.json");
     let mut tokenizer = Tokenizer::from_file(&tokenizer_path)
         .map_err(|error| anyhow::anyhow!("{}: {error}", tokenizer_path.display()))?;
@@ -584,9 +590,10 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
     let total = a_pass * args.passes;
     std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
     let recipe = format!(
-        "verifier passes {} rate {} decay {} pieces {} hold {} seed {} threads {} sentences {}",
+        "verifier passes {} rate {} words {} decay {} pieces {} hold {} seed {} threads {} sentences {}",
         args.passes,
         args.rate,
+        args.words_rate,
         args.weight_decay,
         args.pieces,
         args.hold,
@@ -728,7 +735,9 @@ fn write_verifier(
     checkpoint::write_atomically(&folder.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())?;
     checkpoint::write_atomically(&folder.join("tokenizer.json"), &std::fs::read(tokenizer)?)?;
     let manifest = format!(
-        "[model]\nname = \"candor-default-verifier\"\nversion = \"1\"\n\n[verifier]\nthreshold = {threshold:.2}\n"
+        "[model]\nname = \"candor-default-verifier\"\nversion = \"1\"\n\
+         licence = \"Apache-2.0, as the encoder and the sentences it was tuned from\"\n\n\
+         [verifier]\nthreshold = {threshold:.2}\n"
     );
     checkpoint::write_atomically(&folder.join("candor.toml"), manifest.as_bytes())?;
     Ok(())
@@ -759,7 +768,7 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() {
-        let verifier = Verifier::new(config()).unwrap();
+        let verifier = Verifier::new(config(), 1.0).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         let mut values: Vec<f32> = (0..verifier.plan.len()).map(|_| rng.random_range(-0.5..0.5)).collect();
         let mut labels = [false; LABELS];
@@ -793,7 +802,7 @@ mod tests {
         std::fs::write(&tokenizer, "{}").unwrap();
         // Wide enough that matrices are stored as int8 rows.
         let config = BertConfig { hidden_size: 72, vocab_size: 60, ..config() };
-        let verifier = Verifier::new(config).unwrap();
+        let verifier = Verifier::new(config, 1.0).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         let mut values: Vec<f32> = (0..verifier.plan.len()).map(|_| rng.random_range(-0.3..0.3)).collect();
         for entry in verifier.plan.entries() {
