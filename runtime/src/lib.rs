@@ -6,6 +6,7 @@
 
 pub mod manifest;
 pub mod media;
+pub mod message;
 pub mod model;
 pub mod observation;
 pub mod text;

@@ -1,6 +1,9 @@
 //! `candor-tools --help` explains itself. The subcommands live in the library, one module each.
 #![forbid(unsafe_code)]
 
+use std::process::ExitCode;
+
+use candor::message::one_line;
 use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
@@ -29,12 +32,20 @@ enum Command {
     EvalVerifier(EvalVerifierArgs),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    match Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Data(command) => data::run(command),
         Command::Train(command) => train::run(command),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("candor-tools: {}", one_line(&*error));
+            log::debug!("{error:?}");
+            ExitCode::FAILURE
+        }
     }
 }

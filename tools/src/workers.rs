@@ -32,7 +32,7 @@ pub fn run<S, T: Send>(
             results.lock().map_err(|_| anyhow::anyhow!("a worker failed"))?.push((index, result));
             bar.inc(1);
             // Without a terminal there is no bar.
-            if bar.is_hidden() && bar.position() % (count as u64).div_ceil(20) == 0 {
+            if bar.is_hidden() && bar.position().is_multiple_of((count as u64).div_ceil(20)) {
                 eprintln!("{what}: {} of {count}", bar.position());
             }
         }

@@ -104,7 +104,6 @@ pub fn write(model: &Export<'_>) -> anyhow::Result<String> {
         // As often right as the other, and as sure as it may be: once a rationale has named an emotion, its answer is
         // certain.
         answer: Answer::Fast,
-        ..ModelSection::default()
     };
     manifest.input = InputSection { fit: Fit::Face, detail: Some(48), grey: true, ..InputSection::default() };
     put(candor::manifest::FILE_NAME, toml::to_string_pretty(&manifest)?.as_bytes())?;

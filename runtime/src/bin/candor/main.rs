@@ -10,6 +10,9 @@ mod verify;
 #[cfg(feature = "media")]
 mod watch;
 
+use std::process::ExitCode;
+
+use candor::message::one_line;
 use clap::{Parser, Subcommand};
 
 /// Says which emotion a camera sees and why, and presents only a reason it has verified.
@@ -33,14 +36,22 @@ enum Command {
     Bench(bench::Bench),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    match Cli::parse().command {
+    let result = match Cli::parse().command {
         #[cfg(feature = "media")]
         Command::Watch(args) => watch::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Model(args) => model::run(args),
         Command::Trace(args) => trace::run(&args),
         Command::Bench(args) => bench::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("candor: {}", one_line(&*error));
+            log::debug!("{error:?}");
+            ExitCode::FAILURE
+        }
     }
 }
