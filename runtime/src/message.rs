@@ -1,9 +1,22 @@
-//! What a command line says of an error.
+//! What a command line says at its end.
 
 use std::error::Error;
+use std::fmt::Debug;
+use std::process::ExitCode;
+
+/// The exit code of a program, after saying on standard error what went wrong, if anything did.
+pub fn exit_code<E>(program: &str, result: Result<(), E>) -> ExitCode
+where
+    E: AsRef<dyn Error + Send + Sync> + Debug,
+{
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("{program}: {}", one_line(error.as_ref()));
+    log::debug!("{error:?}");
+    ExitCode::FAILURE
+}
 
 /// An error and its causes in one line, outermost first. A cause that the message before it quotes already is left out.
-pub fn one_line(error: &(dyn Error + 'static)) -> String {
+fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

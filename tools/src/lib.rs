@@ -7,5 +7,6 @@ pub mod eval;
 pub mod eval_verifier;
 pub mod files;
 pub mod quantise;
+pub mod sentences;
 pub mod train;
 pub mod workers;

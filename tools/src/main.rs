@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use candor::message::one_line;
+use candor::message::exit_code;
 use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
@@ -40,12 +40,5 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("candor-tools: {}", one_line(&*error));
-            log::debug!("{error:?}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("candor-tools", result)
 }

@@ -12,9 +12,9 @@ use super::parameters::{Plan, Treatment, read_tensors};
 use super::schedule::{Decay, Schedule};
 use super::tower::stop_on_interrupt;
 use crate::quantise::{self, Stored};
+use crate::sentences::{LABELS, Labelled, above, agreement, by_rule, macro_f1, read_sentences};
 use anyhow::{Context, bail, ensure};
 use candor::verify::emotions::GO_EMOTIONS;
-use candor::verify::read_labels;
 use candor::verify::reading::THRESHOLD;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -28,8 +28,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokenizers::Tokenizer;
 
-/// Labels of GoEmotions.
-const LABELS: usize = GO_EMOTIONS.len();
 /// Sentences a step.
 const BATCH: usize = 32;
 /// Sentences that are sorted by length together before they are cut into batches.
@@ -96,49 +94,6 @@ pub struct VerifierArgs {
     /// Stop after this many steps, as if cut off (for tests and timings).
     #[arg(long)]
     stop_after: Option<u64>,
-}
-
-/// Why a line of sentences was refused.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}:{line}: {reason}; a line is TEXT<tab>LABEL,…<tab>ID with label ids from 0 to 27")]
-pub struct SentenceError {
-    path: PathBuf,
-    line: usize,
-    reason: String,
-}
-
-/// A sentence and its labels.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Labelled {
-    /// The sentence.
-    pub text: String,
-    /// Which of GoEmotions' labels it has.
-    pub labels: [bool; LABELS],
-}
-
-/// Reads sentences from a file of GoEmotions' form.
-///
-/// # Errors
-/// [`SentenceError`] naming the first line that is not of that form; the file system's own.
-pub fn read_sentences(path: &Path) -> anyhow::Result<Vec<Labelled>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-    let mut sentences = Vec::new();
-    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.is_empty()) {
-        let refuse = |reason: String| SentenceError { path: path.into(), line: index + 1, reason };
-        let mut columns = line.split('\t');
-        let (Some(text), Some(ids)) = (columns.next(), columns.next()) else {
-            bail!(refuse("there is no second column".into()));
-        };
-        let mut labels = [false; LABELS];
-        for id in ids.split(',') {
-            let id = id.trim();
-            let slot = id.parse::<usize>().ok().and_then(|id| labels.get_mut(id));
-            *slot.ok_or_else(|| refuse(format!("{id:?} is no label")))? = true;
-        }
-        sentences.push(Labelled { text: text.to_owned(), labels });
-    }
-    ensure!(!sentences.is_empty(), "{} holds no sentences", path.display());
-    Ok(sentences)
 }
 
 /// What is read of config.json.
@@ -372,32 +327,6 @@ impl Verifier {
     }
 }
 
-/// Mean over the labels of F1, given what was read and what is right. A label that is neither read nor right counts 0.
-pub fn macro_f1(read: &[[bool; LABELS]], right: &[[bool; LABELS]]) -> f64 {
-    let scores = (0..LABELS).map(|label| {
-        let both = read.iter().zip(right).filter(|(a, b)| a[label] && b[label]).count() as f64;
-        let either = read.iter().filter(|a| a[label]).count() + right.iter().filter(|b| b[label]).count();
-        if either == 0 { 0.0 } else { 2.0 * both / either as f64 }
-    });
-    scores.sum::<f64>() / LABELS as f64
-}
-
-fn above(probabilities: &[[f32; LABELS]], threshold: f32) -> Vec<[bool; LABELS]> {
-    probabilities.iter().map(|row| row.map(|probability| probability > threshold)).collect()
-}
-
-/// Labels by the paper's rule.
-fn by_rule(probabilities: &[[f32; LABELS]]) -> anyhow::Result<Vec<[bool; LABELS]>> {
-    let rows = probabilities.iter().map(|row| {
-        let mut labels = [false; LABELS];
-        for label in read_labels(row)? {
-            labels[label.id()] = true;
-        }
-        Ok(labels)
-    });
-    rows.collect()
-}
-
 fn right(examples: &[Example]) -> Vec<[bool; LABELS]> {
     examples.iter().map(|example| example.labels).collect()
 }
@@ -499,16 +428,6 @@ fn validate(verifier: &Verifier, values: &[f32], sets: &Sets, workers: &mut [Wor
         paper: macro_f1(&by_rule(&dev)?, &right_dev),
         agreement: agreement(&held_out, &right(&sets.held_out)),
     })
-}
-
-/// Share of held-back sentences of rationales that are read as meant: sentences that name an emotion have its label
-/// among theirs, neutral ones have no other.
-fn agreement(read: &[[bool; LABELS]], meant: &[[bool; LABELS]]) -> f64 {
-    const NEUTRAL: usize = LABELS - 1;
-    let agree = |(read, meant): (&[bool; LABELS], &[bool; LABELS])| {
-        if meant[NEUTRAL] { read == meant } else { (0..LABELS).any(|label| read[label] && meant[label]) }
-    };
-    read.iter().zip(meant).filter(|pair| agree(*pair)).count() as f64 / read.len().max(1) as f64
 }
 
 fn examples(tokenizer: &Tokenizer, sentences: &[Labelled], pieces: usize) -> anyhow::Result<Vec<Example>> {
@@ -620,6 +539,7 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
     let mut workers: Vec<Worker> = (0..args.threads).map(|_| Worker::default()).collect();
     let mut gradients = vec![vec![0.0; verifier.plan.len()]; args.threads];
     let mut saved = Instant::now();
+    let mut last = None;
     for pass in optimiser.steps / a_pass..args.passes {
         let batches = batches(&train, args.seed, pass);
         for batch in batches.iter().skip((optimiser.steps - pass * a_pass) as usize) {
@@ -670,8 +590,12 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
         log.write(optimiser.steps, validation.json())?;
         log.say(&format!("pass {}: {validation}", pass + 1));
         log.draw("verifier", &["dev_macro_f1", "dev_macro_f1_paper_rule", "held_out_agreement"])?;
+        last = Some(validation);
     }
-    let plain = validate(&verifier, &values, &sets, &mut workers)?;
+    let plain = match last {
+        Some(validation) => validation,
+        None => validate(&verifier, &values, &sets, &mut workers)?, // all passes were done before
+    };
     log.say(&format!("as trained: {plain}"));
     let trained = values.clone();
     let read = verifier.read(&values, &sets.held_back, &mut workers);
@@ -827,20 +751,6 @@ mod tests {
     }
 
     #[test]
-    fn macro_f1_is_the_mean_over_all_labels() {
-        let mut read = vec![[false; LABELS]; 4];
-        let mut right = read.clone();
-        // Label 0: two of three right ones are read, one too many. Label 1: all right. The other 26: none.
-        for (row, a, b) in [(0, true, true), (1, true, true), (2, true, false), (3, false, true)] {
-            read[row][0] = a;
-            right[row][0] = b;
-        }
-        read[0][1] = true;
-        right[0][1] = true;
-        assert!((macro_f1(&read, &right) - (2.0 / 3.0 + 1.0) / 28.0).abs() < 1e-12);
-    }
-
-    #[test]
     fn calibration_lets_rare_labels_pass() {
         // Label 4 occurs twice in ten, its probabilities rank right but lie below the threshold.
         let mut read = vec![[0.001; LABELS]; 10];
@@ -864,26 +774,6 @@ mod tests {
         (probabilities[0][2], probabilities[1][2], right[0][2]) = (0.31, 0.24, true);
         let threshold = best_threshold(&probabilities, &right);
         assert!((0.24..0.31).contains(&threshold), "{threshold}");
-    }
-
-    #[test]
-    fn sentences_of_another_form_are_refused_by_line() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("sentences.tsv");
-        for (text, wanted) in [
-            ("fine\t3,4\tx\nno labels\n", ":2: there is no second column"),
-            ("fine\t28\tx\n", ":1: \"28\" is no label"),
-            ("fine\tjoy\tx\n", "\"joy\" is no label"),
-            ("fine\t\tx\n", "\"\" is no label"),
-            ("\n", "holds no sentences"),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            let error = read_sentences(&path).unwrap_err().to_string();
-            assert!(error.contains(wanted), "{error}");
-        }
-        std::fs::write(&path, "Not bad.\t4,17\tid\n").unwrap();
-        let read = read_sentences(&path).unwrap();
-        assert!(read[0].labels[4] && read[0].labels[17] && read[0].text == "Not bad.");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use crate::folders;
+use crate::{folders, memory};
 
 /// Text tokens of the prompt, besides those of the pictures: about what an instruction in a chat template takes.
 const PROMPT_TEXT_TOKENS: usize = 64;
@@ -157,7 +157,7 @@ fn measure(arguments: &Bench) -> Result<Report> {
     let bytes_per_token = decoder_bytes(&folder, model.config())? as f64 + window.cache_bytes(model.config());
     let gb_s = bytes_per_token * per_second(window.written.len(), decode) / 1e9;
     // Before the roof is measured, which takes a large buffer of its own.
-    let peak_rss_mb = peak_rss_mb();
+    let peak_rss_mb = memory::bytes("VmHWM").map(|bytes| bytes as f64 / 1e6);
     let read_roof_gb_s = measure_read_bandwidth(device.pool(), ROOF_BYTES);
     Ok(Report {
         model: format!("{} {}", manifest.model.name, manifest.model.version),
@@ -308,14 +308,6 @@ fn decoder_bytes(folder: &Path, config: &ModelConfig) -> Result<usize> {
     Ok(bytes)
 }
 
-/// The most memory that this process has held at once, as Linux counts it; other systems do not say.
-fn peak_rss_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kilobytes: f64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some(kilobytes * 1024.0 / 1e6)
-}
-
 /// How long something took, time after time.
 #[derive(Default)]
 struct Times(Vec<f64>);
@@ -376,11 +368,5 @@ mod tests {
     fn the_median_of_times_is_positive() {
         assert_eq!(Times(vec![5.0, 1.0, 3.0]).median_ms(), 3.0);
         assert!(Times::default().median_ms() > 0.0);
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn linux_tells_the_peak_memory() {
-        assert!(peak_rss_mb().is_some_and(|megabytes| megabytes > 1.0));
     }
 }

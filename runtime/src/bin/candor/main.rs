@@ -3,6 +3,7 @@
 
 mod bench;
 mod folders;
+mod memory;
 mod model;
 mod terminal;
 mod trace;
@@ -12,7 +13,7 @@ mod watch;
 
 use std::process::ExitCode;
 
-use candor::message::one_line;
+use candor::message::exit_code;
 use clap::{Parser, Subcommand};
 
 /// Says which emotion a camera sees and why, and presents only a reason it has verified.
@@ -46,12 +47,5 @@ fn main() -> ExitCode {
         Command::Trace(args) => trace::run(&args),
         Command::Bench(args) => bench::run(args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("candor: {}", one_line(&*error));
-            log::debug!("{error:?}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("candor", result)
 }

@@ -12,6 +12,8 @@ use clap::Args;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use crate::memory;
+
 /// Run the stages of a model on given tensors and write what each gives (for porting and bug reports).
 ///
 /// The input holds any of in.pixel_values, in.mel, in.bert_ids and in.prompt_ids; stages without input are left out.
@@ -45,10 +47,10 @@ pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
         let start = Instant::now();
         let mut model = Model::open(folder, device.clone())?;
         let opened = start.elapsed().as_secs_f64() * 1e3;
-        println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, memory());
+        println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, resident());
         let start = Instant::now();
         outputs.extend(trace_model(&mut model, &inputs, args.new_tokens)?);
-        println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), memory());
+        println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), resident());
     }
     if let Some(folder) = &args.verifier {
         let classified = trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?;
@@ -74,14 +76,11 @@ fn write(outputs: &[Output], path: &Path) -> anyhow::Result<()> {
     safetensors::serialize_to_file(views, None, path).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// What the system says of this process's memory: own pages, pages of mapped files, and the peak of both.
-fn memory() -> String {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let wanted = [("RssAnon:", "own"), ("RssFile:", "of files"), ("VmHWM:", "peak")];
-    let figures = wanted.map(|(key, name)| {
-        let kilobytes =
-            status.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok());
-        kilobytes.map_or_else(|| format!("{name} unknown"), |kb| format!("{} MB {name}", kb / 1000))
+/// Resident memory: own pages, pages of mapped files, and the peak of both.
+fn resident() -> String {
+    let figures = [("RssAnon", "own"), ("RssFile", "of files"), ("VmHWM", "peak")].map(|(figure, name)| {
+        memory::bytes(figure)
+            .map_or_else(|| format!("{name} unknown"), |bytes| format!("{} MB {name}", bytes / 1_000_000))
     });
     format!("resident: {}", figures.join(", "))
 }
