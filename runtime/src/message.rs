@@ -1,8 +1,24 @@
-//! What a command line says at its end.
+//! What a command line says.
 
 use std::error::Error;
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
+use std::io::{self, Write};
 use std::process::ExitCode;
+
+/// Prints a line and flushes it, so that a reader has it at once and a failure loses none. False where nobody reads any
+/// more, which is no error: `candor … | head -1` is done when `head` is.
+///
+/// # Errors
+/// What the system says of standard output, such as a full disk.
+pub fn say(line: impl Display) -> io::Result<bool> {
+    let text = format!("{line}\n");
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error),
+    }
+}
 
 /// The exit code of a program, after saying on standard error what went wrong, if anything did.
 pub fn exit_code<E>(program: &str, result: Result<(), E>) -> ExitCode

@@ -211,6 +211,15 @@ fn trace_writes_what_the_stages_give() {
     assert!(run(&mut trace(&[("--verifier", "verifier"), ("--inputs", "text")], "logits")).status.success());
     assert_eq!(outputs("logits"), [("out.logits".to_owned(), vec![28])]);
 
+    // Nobody reads what it prints: the result is written all the same.
+    let mut unread = trace(&[("--model", "model"), ("--inputs", "whole")], "quiet")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("candor runs");
+    drop(unread.stdout.take());
+    assert!(unread.wait().expect("it ends").success());
+    assert_eq!(outputs("quiet"), outputs("out"));
+
     let all = [("--model", "model"), ("--verifier", "verifier"), ("--inputs", "both")];
     assert!(failure_of(&run(&mut trace(&all, "unused"))).contains("out.logits would be written by both"));
     let none = [("--verifier", "verifier"), ("--inputs", "whole")];

@@ -7,13 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context, ensure};
 use candor::media::{Fit, Frame, Window};
+use candor::message::say;
 use candor::verify::{Emotion, GoEmotion, SentenceClassifier, Verifier, read_labels, split_sentences};
 use candor::watch::{WatchSettings, Watcher};
 use candor_kernels::cpu::CpuDevice;
@@ -141,9 +142,9 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     }
     let (metrics, claims) = measure(&records, &faces.cues);
     if args.json {
-        println!("{}", serde_json::to_string(&metrics)?);
+        say(serde_json::to_string(&metrics)?)?;
     } else {
-        print(&metrics, claims);
+        print(&metrics, claims)?;
     }
     Ok(())
 }
@@ -282,7 +283,7 @@ fn measure(records: &[Record], cues: &[Option<[f32; Cue::COUNT]>]) -> (Metrics, 
     (metrics, claims)
 }
 
-fn print(metrics: &Metrics, claims: usize) {
+fn print(metrics: &Metrics, claims: usize) -> io::Result<()> {
     let cue = |value: Option<f64>| value.map_or("none stated".to_owned(), |v| format!("{v:.4}"));
     for (name, value) in [
         ("photographs", metrics.n.to_string()),
@@ -297,11 +298,12 @@ fn print(metrics: &Metrics, claims: usize) {
         ("of them borne out", cue(metrics.cue_accuracy)),
         ("of them borne out by another face", cue(metrics.cue_accuracy_shuffled)),
     ] {
-        println!("{name:42} {value}");
+        say(format_args!("{name:42} {value}"))?;
     }
     for (emotion, share) in &metrics.recall {
-        println!("  right of those that are {emotion:17} {share:.4}");
+        say(format_args!("  right of those that are {emotion:17} {share:.4}"))?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use candor::manifest::{Manifest, ManifestError};
+use candor::message::say;
 use candor::verify::{SentenceClassifier, Verifier};
 use candor_kernels::cpu::CpuDevice;
 use clap::Args;
@@ -58,12 +59,12 @@ pub fn run(args: &EvalVerifierArgs) -> anyhow::Result<()> {
     let probabilities = workers::run(sentences.len(), args.threads, "sentences", open, read)?;
     let metrics = measure(&sentences, &probabilities, threshold)?;
     if args.json {
-        println!("{}", serde_json::to_string(&metrics)?);
+        say(serde_json::to_string(&metrics)?)?;
     } else {
-        println!("sentences                 {}", metrics.n);
-        println!("macro-F1, threshold {threshold:.2}  {:.4}", metrics.macro_f1);
-        println!("macro-F1, paper's rule    {:.4}", metrics.macro_f1_paper_rule);
-        println!("agreement                 {:.4}", metrics.agreement);
+        say(format_args!("sentences                 {}", metrics.n))?;
+        say(format_args!("macro-F1, threshold {threshold:.2}  {:.4}", metrics.macro_f1))?;
+        say(format_args!("macro-F1, paper's rule    {:.4}", metrics.macro_f1_paper_rule))?;
+        say(format_args!("agreement                 {:.4}", metrics.agreement))?;
     }
     Ok(())
 }

@@ -1,11 +1,13 @@
 //! `candor bench`: how long every stage of a model takes on this machine, and how near decoding comes to what the
 //! memory can give. Works on any model folder: pictures and tokens are random, as speed does not depend on them.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use candor::manifest::Manifest;
+use candor::message::say;
 use candor::model::config::{ClassifierConfig, ModelConfig};
 use candor::model::{Classifier, LanguageModel, Model, Piece, Rows, Session};
 use candor::weights::Checkpoint;
@@ -114,9 +116,9 @@ struct Verifier {
 pub(crate) fn run(arguments: Bench) -> Result<()> {
     let report = measure(&arguments)?;
     if arguments.json {
-        println!("{}", serde_json::to_string(&report)?);
+        say(serde_json::to_string(&report)?)?;
     } else {
-        print(&report);
+        print(&report)?;
     }
     Ok(())
 }
@@ -327,15 +329,15 @@ impl Times {
     }
 }
 
-fn print(report: &Report) {
-    println!("{} on {}, medians of {} windows", report.model, report.device, report.runs);
-    let row = |name: &str, ms: f64, more: String| println!("  {name:<10} {ms:>9.2} ms   {more}");
-    row("open", report.open.ms, format!("{:.1} MB mapped", report.open.mapped_mb));
+fn print(report: &Report) -> io::Result<()> {
+    say(format_args!("{} on {}, medians of {} windows", report.model, report.device, report.runs))?;
+    let row = |name: &str, ms: f64, more: String| say(format_args!("  {name:<10} {ms:>9.2} ms   {more}"));
+    row("open", report.open.ms, format!("{:.1} MB mapped", report.open.mapped_mb))?;
     let vision = &report.vision;
-    row("vision", vision.ms, format!("{} frames, {:.1} frames/s", vision.frames, vision.frames_per_s));
-    row("projector", report.projector.ms, String::new());
+    row("vision", vision.ms, format!("{} frames, {:.1} frames/s", vision.frames, vision.frames_per_s))?;
+    row("projector", report.projector.ms, String::new())?;
     let prefill = &report.prefill;
-    row("prefill", prefill.ms, format!("{} tokens, {:.0} tokens/s", prefill.tokens, prefill.tokens_per_s));
+    row("prefill", prefill.ms, format!("{} tokens, {:.0} tokens/s", prefill.tokens, prefill.tokens_per_s))?;
     let decode = &report.decode;
     row(
         "decode",
@@ -344,20 +346,21 @@ fn print(report: &Report) {
             "{} tokens, {:.1} tokens/s, {:.2} MB a token, {:.2} GB/s = {:.1} % of the read roof",
             decode.tokens, decode.tokens_per_s, decode.mb_per_token, decode.gb_s, decode.read_roof_percent
         ),
-    );
+    )?;
     match &report.verifier {
         Some(verifier) => row(
             "verifier",
             verifier.ms,
             format!("{} sentences, {:.1} sentences/s", verifier.sentences, verifier.sentences_per_s),
         ),
-        None => println!("  verifier           none: the manifest names none, and --verifier was not given"),
-    }
-    row("window", report.window.ms, format!("{:.2} windows/s", 1e3 / report.window.ms));
-    println!("  memory reads at {:.1} GB/s (measured now)", report.read_roof_gb_s);
+        None => say("  verifier           none: the manifest names none, and --verifier was not given"),
+    }?;
+    row("window", report.window.ms, format!("{:.2} windows/s", 1e3 / report.window.ms))?;
+    say(format_args!("  memory reads at {:.1} GB/s (measured now)", report.read_roof_gb_s))?;
     if let Some(peak) = report.peak_rss_mb {
-        println!("  peak memory {peak:.1} MB resident");
+        say(format_args!("  peak memory {peak:.1} MB resident"))?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

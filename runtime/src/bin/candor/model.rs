@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use candor::manifest::Manifest;
+use candor::message::say;
 use clap::{Args, Subcommand};
 
 #[derive(Args)]
@@ -36,6 +37,11 @@ pub(crate) fn run(args: ModelArgs) -> Result<()> {
         ModelCommand::Seal { folder } => Manifest::seal(&folder)?,
     };
     let (model, identity) = (&manifest.model, manifest.identity()?);
-    println!("{} {}: {} files are as listed, sha256 {identity}", model.name, model.version, manifest.files.len());
+    say(format_args!(
+        "{} {}: {} files are as listed, sha256 {identity}",
+        model.name,
+        model.version,
+        manifest.files.len()
+    ))?;
     Ok(())
 }

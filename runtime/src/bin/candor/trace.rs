@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
+use candor::message::say;
 use candor::model::trace::{Output, Values, trace_classifier, trace_model};
 use candor::model::{Classifier, Model};
 use candor::weights::Checkpoint;
@@ -47,10 +48,10 @@ pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
         let start = Instant::now();
         let mut model = Model::open(folder, device.clone())?;
         let opened = start.elapsed().as_secs_f64() * 1e3;
-        println!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, resident());
+        say(format_args!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, resident()))?;
         let start = Instant::now();
         outputs.extend(trace_model(&mut model, &inputs, args.new_tokens)?);
-        println!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), resident());
+        say(format_args!("ran in {:.2} s; {}", start.elapsed().as_secs_f64(), resident()))?;
     }
     if let Some(folder) = &args.verifier {
         let classified = trace_classifier(&mut Classifier::open(folder, device)?, &inputs)?;
@@ -70,7 +71,7 @@ fn write(outputs: &[Output], path: &Path) -> anyhow::Result<()> {
             Values::F32(_) => Dtype::F32,
             Values::I64(_) => Dtype::I64,
         };
-        println!("{:20} {dtype:?}{:?}", output.name, output.shape);
+        say(format_args!("{:20} {dtype:?}{:?}", output.name, output.shape))?;
         views.push((output.name, TensorView::new(dtype, output.shape.clone(), bytes)?));
     }
     safetensors::serialize_to_file(views, None, path).with_context(|| format!("cannot write {}", path.display()))

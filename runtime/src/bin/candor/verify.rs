@@ -1,9 +1,10 @@
 //! `candor verify`: reads any text as a rationale and says whether it supports an emotion.
 
-use std::io::{IsTerminal, Read, Write, stdin, stdout};
+use std::io::{IsTerminal, Read, stdin, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
+use candor::message::say;
 use candor::verify::reward::explanation_reward_of_labels;
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
@@ -48,7 +49,6 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
     let labels: Vec<Vec<GoEmotion>> = readings.iter().map(|reading| reading.labels.clone()).collect();
     let reward = explanation_reward_of_labels(&labels, args.emotion);
     let Assessment { sentences, verdict } = Assessment::new(readings, args.emotion);
-    let mut out = stdout().lock();
     if args.json {
         let line = json!({
             "emotion": args.emotion.name(),
@@ -57,15 +57,15 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
             "reward": reward,
             "verifier": verifier.identity()?,
         });
-        writeln!(out, "{line}")?;
+        say(line)?;
     } else {
-        let colour = terminal::colour(out.is_terminal());
+        let colour = terminal::colour(stdout().is_terminal());
         for sentence in &sentences {
             let names: Vec<&str> = sentence.labels.iter().map(|label| label.name()).collect();
-            writeln!(out, "{}  ({})", terminal::sentence(sentence, colour), names.join(", "))?;
+            say(format_args!("{}  ({})", terminal::sentence(sentence, colour), names.join(", ")))?;
         }
         let verdict = terminal::verdict(verdict, colour);
-        writeln!(out, "{verdict} for {}, reward {reward:.2}", args.emotion.name())?;
+        say(format_args!("{verdict} for {}, reward {reward:.2}", args.emotion.name()))?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `candor watch`: says for each window of a source which emotion it shows and why.
 
-use std::io::{self, IsTerminal, Write, stdout};
+use std::io::{self, IsTerminal, stdout};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use candor::manifest::Manifest;
 use candor::media::{Source, SourceOptions, Windows};
+use candor::message::say;
 use candor::observation::Observation;
 use candor::text::Sampling;
 use candor::watch::{Policy, Report, WatchSettings, Watcher};
@@ -125,19 +126,11 @@ struct Output {
 }
 
 impl Output {
-    /// Prints a line and flushes it, so that a reader has it at once and a failure loses none. False where nobody reads
-    /// any more.
+    /// Prints an observation; see [`say`].
     fn print(&self, observation: &Observation) -> io::Result<bool> {
-        let mut line = match self.json {
-            true => serde_json::to_string(observation)?,
-            false => terminal::line(observation, self.colour),
-        };
-        line.push('\n');
-        let mut out = stdout().lock();
-        match out.write_all(line.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-            Err(error) => Err(error),
+        match self.json {
+            true => say(serde_json::to_string(observation)?),
+            false => say(terminal::line(observation, self.colour)),
         }
     }
 }
