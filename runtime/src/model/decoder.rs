@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use candor_kernels::{Activation, AttentionShape, Device, DeviceError};
+use candor_kernels::{Activation, AttentionShape, Device, DeviceError, HostTensor};
 
+use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
 use super::layers::{Bias, Linear, Loader};
 use super::rows::allocate;
@@ -14,19 +15,86 @@ const RUN: usize = 128;
 /// Positions whose logits are computed at once where all are wanted; vocabularies are large.
 const HEAD_RUN: usize = 32;
 
+#[derive(Clone)]
 struct Layer<D: Device> {
     attention_norm: D::Weight,
-    query: Linear<D>,
-    key: Linear<D>,
-    value: Linear<D>,
-    output: Linear<D>,
+    query: Projection<D>,
+    key: Projection<D>,
+    value: Projection<D>,
+    output: Projection<D>,
     mlp_norm: D::Weight,
-    gate: Linear<D>,
-    up: Linear<D>,
-    down: Linear<D>,
+    gate: Projection<D>,
+    up: Projection<D>,
+    down: Projection<D>,
+}
+
+impl<D: Device> Layer<D> {
+    /// The projections with their names below the layer's.
+    fn projections(&mut self) -> [(&'static str, &mut Projection<D>); 7] {
+        [
+            ("self_attn.q_proj", &mut self.query),
+            ("self_attn.k_proj", &mut self.key),
+            ("self_attn.v_proj", &mut self.value),
+            ("self_attn.o_proj", &mut self.output),
+            ("mlp.gate_proj", &mut self.gate),
+            ("mlp.up_proj", &mut self.up),
+            ("mlp.down_proj", &mut self.down),
+        ]
+    }
+}
+
+/// A linear layer of the decoder and what an adapter puts beside it.
+#[derive(Clone)]
+struct Projection<D: Device> {
+    linear: Linear<D>,
+    inputs: usize,
+    outputs: usize,
+    low_rank: Option<LowRank<D>>,
+}
+
+#[derive(Clone)]
+struct LowRank<D: Device> {
+    rank: usize,
+    /// `[rank, in]`
+    a: D::Weight,
+    /// `[out, rank]`
+    b: D::Weight,
+}
+
+/// Buffers of the adapters' branches; empty without adapters.
+struct LowRankWork<D: Device> {
+    inner: D::Buffer,
+    branch: D::Buffer,
+}
+
+impl<D: Device> Projection<D> {
+    /// x `[rows, in]` → out `[rows, out]`.
+    fn forward(
+        &self,
+        device: &D,
+        x: &D::Buffer,
+        rows: usize,
+        activation: Activation,
+        work: &mut LowRankWork<D>,
+        out: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        let Some(LowRank { a, b, .. }) = &self.low_rank else {
+            return self.linear.forward(device, x, rows, activation, out);
+        };
+        let (identity, elements) = (Activation::Identity, rows * self.outputs);
+        self.linear.forward(device, x, rows, identity, out)?;
+        device.linear(x, rows, a, None, identity, &mut work.inner)?;
+        device.linear(&work.inner, rows, b, None, identity, &mut work.branch)?;
+        device.add(out, &work.branch, elements)?;
+        match activation {
+            Activation::Identity => Ok(()),
+            activation => device.activate(activation, out, elements),
+        }
+    }
 }
 
 /// The decoder's weights, shared by its sessions.
+#[derive(Clone)]
 pub struct Decoder<D: Device> {
     device: D,
     config: DecoderConfig,
@@ -46,16 +114,20 @@ impl<D: Device> Decoder<D> {
         let mut layers = Vec::new();
         for i in 0..config.layers {
             let l = numbered.under(&i.to_string());
+            let projection = |name: &str, inputs: usize, outputs: usize, bias: Bias| {
+                let linear = l.linear(name, inputs, outputs, bias)?;
+                Ok::<_, ModelError>(Projection { linear, inputs, outputs, low_rank: None })
+            };
             layers.push(Layer {
                 attention_norm: l.weight("input_layernorm.weight", &[width])?,
-                query: l.linear("self_attn.q_proj", width, queries, Bias::Each)?,
-                key: l.linear("self_attn.k_proj", width, keys, Bias::Each)?,
-                value: l.linear("self_attn.v_proj", width, keys, Bias::Each)?,
-                output: l.linear("self_attn.o_proj", queries, width, Bias::None)?,
+                query: projection("self_attn.q_proj", width, queries, Bias::Each)?,
+                key: projection("self_attn.k_proj", width, keys, Bias::Each)?,
+                value: projection("self_attn.v_proj", width, keys, Bias::Each)?,
+                output: projection("self_attn.o_proj", queries, width, Bias::None)?,
                 mlp_norm: l.weight("post_attention_layernorm.weight", &[width])?,
-                gate: l.linear("mlp.gate_proj", width, mlp, Bias::None)?,
-                up: l.linear("mlp.up_proj", width, mlp, Bias::None)?,
-                down: l.linear("mlp.down_proj", mlp, width, Bias::None)?,
+                gate: projection("mlp.gate_proj", width, mlp, Bias::None)?,
+                up: projection("mlp.up_proj", width, mlp, Bias::None)?,
+                down: projection("mlp.down_proj", mlp, width, Bias::None)?,
             });
         }
         let norm = model.weight("norm.weight", &[width])?;
@@ -64,6 +136,139 @@ impl<D: Device> Decoder<D> {
             false => root.weight("lm_head.weight", &[vocabulary, width])?,
         };
         Ok(Decoder { device: device.clone(), config: config.clone(), embedding, layers, norm, head })
+    }
+
+    /// The same weights with an adapter beside them.
+    pub(super) fn adapted(&self, adapter: &Adapter) -> Result<Self, ModelError> {
+        let mut decoder = self.clone();
+        let Decoder { device, config, embedding, layers, norm, head } = &mut decoder;
+        let device = &*device;
+        let upload = |name: &str, tensor: &HostTensor| {
+            device.weight(tensor).map_err(|source| ModelError::Upload { tensor: name.to_owned(), source })
+        };
+        let known = std::cell::RefCell::new(std::collections::BTreeSet::new());
+        let replace = |name: String, shape: &[usize], weight: &mut D::Weight| -> Result<(), ModelError> {
+            if let Some(tensor) = adapter.replacement(&name) {
+                if tensor.shape() != shape {
+                    let reason = format!("{name} is {:?}, the model's is {shape:?}", tensor.shape());
+                    return Err(ModelError::input("adapter", reason));
+                }
+                *weight = upload(&name, tensor)?;
+            }
+            known.borrow_mut().insert(name);
+            Ok(())
+        };
+        let (width, vocabulary) = (config.width, config.vocabulary);
+        replace("model.embed_tokens.weight".into(), &[vocabulary, width], embedding)?;
+        replace("model.norm.weight".into(), &[width], norm)?;
+        match config.tied {
+            true => *head = embedding.clone(),
+            false => replace("lm_head.weight".into(), &[vocabulary, width], head)?,
+        }
+        for (index, layer) in layers.iter_mut().enumerate() {
+            let of_layer = |name: &str| format!("model.layers.{index}.{name}");
+            replace(of_layer("input_layernorm.weight"), &[width], &mut layer.attention_norm)?;
+            replace(of_layer("post_attention_layernorm.weight"), &[width], &mut layer.mlp_norm)?;
+            for (name, projection) in layer.projections() {
+                let module = of_layer(name);
+                let (inputs, outputs) = (projection.inputs, projection.outputs);
+                let (weight, bias) = projection.linear.parts();
+                replace(format!("{module}.weight"), &[outputs, inputs], weight)?;
+                if let Some(bias) = bias {
+                    replace(format!("{module}.bias"), &[outputs], bias)?;
+                }
+                if let Some(low_rank) = adapter.beside(&module, inputs, outputs)? {
+                    let (a, b) = (upload(&module, &low_rank.a)?, upload(&module, &low_rank.b)?);
+                    projection.low_rank = Some(LowRank { rank: low_rank.rank(), a, b });
+                }
+                known.borrow_mut().insert(module);
+            }
+        }
+        adapter.finish(|name| known.borrow().contains(name))?;
+        Ok(decoder)
+    }
+
+    /// Sizes.
+    pub(super) fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The device.
+    pub(super) fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Buffers for `rows` positions at once.
+    pub(super) fn work(&self, rows: usize) -> Result<Work<D>, ModelError> {
+        let DecoderConfig { width, head_dim, heads, key_heads, mlp, .. } = self.config;
+        let projections = || self.layers.iter().cloned().flat_map(|mut l| l.projections().map(|(_, p)| (p.low_rank.as_ref().map(|l| l.rank), p.outputs)));
+        let rank = projections().filter_map(|(rank, _)| rank).max().unwrap_or(0);
+        let outputs = projections().filter(|(rank, _)| rank.is_some()).map(|(_, outputs)| outputs).max().unwrap_or(0);
+        let of = |width: usize| allocate(&self.device, &[rows, width]);
+        Ok(Work {
+            x: of(width)?,
+            normed: of(width)?,
+            query: of(heads * head_dim)?,
+            key: of(key_heads * head_dim)?,
+            value: of(key_heads * head_dim)?,
+            attended: of(heads * head_dim)?,
+            gate: of(mlp)?,
+            up: of(mlp)?,
+            low_rank: LowRankWork { inner: of(rank)?, branch: of(outputs)? },
+        })
+    }
+
+    /// Puts embeddings of tokens into row `row` of `work` and those behind it.
+    pub(super) fn embed(&self, ids: &[u32], work: &mut Work<D>, row: usize) -> Result<(), DecodeError> {
+        let DecoderConfig { width, vocabulary, .. } = self.config;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(DecodeError::Token { id, vocabulary });
+        }
+        self.device.embed(&self.embedding, ids, &mut work.x, row * width)?;
+        Ok(())
+    }
+
+    /// Runs the first `rows` rows of `work` through every layer; the normed last states are in `work.normed` then.
+    /// `mix(layer, work)` turns a layer's queries, keys and values into what they attend to.
+    pub(super) fn forward(
+        &self,
+        work: &mut Work<D>,
+        rows: usize,
+        mut mix: impl FnMut(usize, &mut Work<D>) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Decoder { device, config, layers, norm, .. } = self;
+        let DecoderConfig { width, mlp, eps, .. } = *config;
+        let identity = Activation::Identity;
+        for (index, layer) in layers.iter().enumerate() {
+            let Work { x, normed, query, key, value, low_rank, .. } = &mut *work;
+            device.rms_norm(x, rows, &layer.attention_norm, eps, normed)?;
+            layer.query.forward(device, normed, rows, identity, low_rank, query)?;
+            layer.key.forward(device, normed, rows, identity, low_rank, key)?;
+            layer.value.forward(device, normed, rows, identity, low_rank, value)?;
+            mix(index, work)?;
+            let Work { x, normed, attended, gate, up, low_rank, .. } = &mut *work;
+            layer.output.forward(device, attended, rows, identity, low_rank, normed)?;
+            device.add(x, normed, rows * width)?;
+            device.rms_norm(x, rows, &layer.mlp_norm, eps, normed)?;
+            layer.gate.forward(device, normed, rows, Activation::Silu, low_rank, gate)?;
+            layer.up.forward(device, normed, rows, identity, low_rank, up)?;
+            device.multiply(gate, up, rows * mlp)?;
+            layer.down.forward(device, gate, rows, identity, low_rank, normed)?;
+            device.add(x, normed, rows * width)?;
+        }
+        let Work { x, normed, .. } = work;
+        device.rms_norm(x, rows, norm, eps, normed)
+    }
+
+    /// Normed states `[rows, width]` → logits `[rows, vocabulary]`.
+    pub(super) fn logits(&self, states: &D::Buffer, rows: usize, out: &mut D::Buffer) -> Result<(), DeviceError> {
+        self.device.linear(states, rows, &self.head, None, Activation::Identity, out)
+    }
+}
+
+impl From<AdapterError> for ModelError {
+    fn from(error: AdapterError) -> Self {
+        ModelError::Adapter(Box::new(error))
     }
 }
 
@@ -107,22 +312,22 @@ pub struct Session<D: Device> {
 }
 
 /// Buffers of a run of positions.
-struct Work<D: Device> {
-    x: D::Buffer,
-    normed: D::Buffer,
-    query: D::Buffer,
-    key: D::Buffer,
-    value: D::Buffer,
-    attended: D::Buffer,
+pub(super) struct Work<D: Device> {
+    pub(super) x: D::Buffer,
+    pub(super) normed: D::Buffer,
+    pub(super) query: D::Buffer,
+    pub(super) key: D::Buffer,
+    pub(super) value: D::Buffer,
+    pub(super) attended: D::Buffer,
     gate: D::Buffer,
     up: D::Buffer,
+    low_rank: LowRankWork<D>,
 }
 
 impl<D: Device> Session<D> {
     /// An empty session with room for `capacity` positions, at most what the model was made for.
     pub(super) fn new(decoder: Arc<Decoder<D>>, capacity: usize) -> Result<Self, ModelError> {
-        let DecoderConfig { width, layers, head_dim, heads, key_heads, mlp, vocabulary, positions, .. } =
-            decoder.config;
+        let DecoderConfig { width, layers, head_dim, key_heads, vocabulary, positions, .. } = decoder.config;
         if capacity == 0 || capacity > positions {
             let reason = format!("{capacity}; between 1 and max_position_embeddings {positions} are possible");
             return Err(ModelError::input("session capacity", reason));
@@ -130,24 +335,13 @@ impl<D: Device> Session<D> {
         let device = decoder.device.clone();
         let cache =
             || (0..layers).map(|_| allocate(&device, &[capacity, key_heads, head_dim])).collect::<Result<_, _>>();
-        let run = capacity.min(RUN);
-        let of = |width: usize| allocate(&device, &[run, width]);
         Ok(Session {
             capacity,
             position: 0,
             keys: cache()?,
             values: cache()?,
             states: allocate(&device, &[capacity, width])?,
-            work: Work {
-                x: of(width)?,
-                normed: of(width)?,
-                query: of(heads * head_dim)?,
-                key: of(key_heads * head_dim)?,
-                value: of(key_heads * head_dim)?,
-                attended: of(heads * head_dim)?,
-                gate: of(mlp)?,
-                up: of(mlp)?,
-            },
+            work: decoder.work(capacity.min(RUN))?,
             last: allocate(&device, &[width])?,
             head_out: allocate(&device, &[vocabulary])?,
             logits: vec![0.0; vocabulary],
@@ -178,7 +372,7 @@ impl<D: Device> Session<D> {
             while done < piece.len() {
                 let n = (piece.len() - done).min(self.run() - filled);
                 match piece {
-                    Piece::Tokens(ids) => self.embed(&ids[done..done + n], filled)?,
+                    Piece::Tokens(ids) => self.decoder.embed(&ids[done..done + n], &mut self.work, filled)?,
                     Piece::Rows(rows) => {
                         let device = &self.decoder.device;
                         device.copy(&rows.buffer, done * width, &mut self.work.x, filled * width, n * width)?;
@@ -201,7 +395,7 @@ impl<D: Device> Session<D> {
     /// The logits behind each of the positions in the cache, `[positions, vocabulary]`. For comparisons: it takes
     /// memory of its own.
     pub fn all_logits(&self) -> Result<Vec<f32>, ModelError> {
-        let Decoder { device, config, head, .. } = &*self.decoder;
+        let Decoder { device, config, .. } = &*self.decoder;
         let DecoderConfig { width, vocabulary, .. } = *config;
         let mut states = allocate(device, &[HEAD_RUN, width])?;
         let mut scores = allocate(device, &[HEAD_RUN, vocabulary])?;
@@ -209,7 +403,7 @@ impl<D: Device> Session<D> {
         for (i, out) in logits.chunks_mut(HEAD_RUN * vocabulary).enumerate() {
             let rows = out.len() / vocabulary;
             device.copy(&self.states, i * HEAD_RUN * width, &mut states, 0, rows * width)?;
-            device.linear(&states, rows, head, None, Activation::Identity, &mut scores)?;
+            self.decoder.logits(&states, rows, &mut scores)?;
             device.read(&scores, 0, out)?;
         }
         Ok(logits)
@@ -223,7 +417,7 @@ impl<D: Device> Session<D> {
             match piece {
                 Piece::Tokens(ids) => {
                     for ids in ids.chunks(self.run()) {
-                        self.embed(ids, 0)?;
+                        self.decoder.embed(ids, &mut self.work, 0)?;
                         let start = out.len();
                         out.resize(start + ids.len() * width, 0.0);
                         self.decoder.device.read(&self.work.x, 0, &mut out[start..])?;
@@ -235,68 +429,56 @@ impl<D: Device> Session<D> {
         Ok(out)
     }
 
+    /// The weights it runs on.
+    pub(super) fn decoder(&self) -> &Arc<Decoder<D>> {
+        &self.decoder
+    }
+
+    /// The cache of a layer: keys and values, `[capacity, key heads · head_dim]`.
+    pub(super) fn cache(&self, layer: usize) -> (&D::Buffer, &D::Buffer) {
+        (&self.keys[layer], &self.values[layer])
+    }
+
     /// Positions that one forward pass takes at most.
     fn run(&self) -> usize {
         self.capacity.min(RUN)
     }
 
-    /// Puts embeddings of tokens into row `row` and those behind it.
-    fn embed(&mut self, ids: &[u32], row: usize) -> Result<(), DecodeError> {
-        let Decoder { device, config, embedding, .. } = &*self.decoder;
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocabulary) {
-            return Err(DecodeError::Token { id, vocabulary: config.vocabulary });
-        }
-        device.embed(embedding, ids, &mut self.work.x, row * config.width)?;
-        Ok(())
-    }
-
     /// Runs the first `rows` rows of `work.x` through every layer, behind what is in the cache.
     fn forward(&mut self, rows: usize) -> Result<(), DeviceError> {
-        let Decoder { device, config, layers, norm, .. } = &*self.decoder;
-        let DecoderConfig { width, heads, key_heads, head_dim, mlp, theta, eps, .. } = *config;
-        let Work { x, normed, query, key, value, attended, gate, up } = &mut self.work;
-        let (position, identity) = (self.position, Activation::Identity);
-        let key_width = key_heads * head_dim;
+        let Session { decoder, work, keys, values, position, states, .. } = self;
+        let device = &decoder.device;
+        let DecoderConfig { width, heads, key_heads, head_dim, theta, .. } = decoder.config;
+        let (first, key_width) = (*position, key_heads * head_dim);
         let shape = AttentionShape {
             batch: 1,
             queries: rows,
-            keys: position + rows,
+            keys: first + rows,
             heads,
             key_heads,
             head_dim,
             causal: true,
             scale: 1.0 / (head_dim as f32).sqrt(),
         };
-        for ((layer, keys), values) in layers.iter().zip(&mut self.keys).zip(&mut self.values) {
-            device.rms_norm(x, rows, &layer.attention_norm, eps, normed)?;
-            layer.query.forward(device, normed, rows, identity, query)?;
-            layer.key.forward(device, normed, rows, identity, key)?;
-            layer.value.forward(device, normed, rows, identity, value)?;
-            device.rope(query, rows, heads, head_dim, position, theta)?;
-            device.rope(key, rows, key_heads, head_dim, position, theta)?;
-            device.copy(key, 0, keys, position * key_width, rows * key_width)?;
-            device.copy(value, 0, values, position * key_width, rows * key_width)?;
-            device.attention(query, keys, values, shape, attended)?;
-            layer.output.forward(device, attended, rows, identity, normed)?;
-            device.add(x, normed, rows * width)?;
-            device.rms_norm(x, rows, &layer.mlp_norm, eps, normed)?;
-            layer.gate.forward(device, normed, rows, Activation::Silu, gate)?;
-            layer.up.forward(device, normed, rows, identity, up)?;
-            device.multiply(gate, up, rows * mlp)?;
-            layer.down.forward(device, gate, rows, identity, normed)?;
-            device.add(x, normed, rows * width)?;
-        }
-        device.rms_norm(x, rows, norm, eps, normed)?;
-        device.copy(normed, 0, &mut self.states, position * width, rows * width)?;
-        self.position += rows;
+        decoder.forward(work, rows, |layer, work| {
+            let Work { query, key, value, attended, .. } = work;
+            let (keys, values) = (&mut keys[layer], &mut values[layer]);
+            device.rope(query, rows, heads, head_dim, first, theta)?;
+            device.rope(key, rows, key_heads, head_dim, first, theta)?;
+            device.copy(key, 0, keys, first * key_width, rows * key_width)?;
+            device.copy(value, 0, values, first * key_width, rows * key_width)?;
+            device.attention(query, keys, values, shape, attended)
+        })?;
+        device.copy(&work.normed, 0, states, first * width, rows * width)?;
+        *position += rows;
         Ok(())
     }
 
     /// The output head over the state of the last position.
     fn compute_logits(&mut self) -> Result<(), DeviceError> {
-        let Decoder { device, config, head, .. } = &*self.decoder;
+        let Decoder { device, config, .. } = &*self.decoder;
         device.copy(&self.states, (self.position - 1) * config.width, &mut self.last, 0, config.width)?;
-        device.linear(&self.last, 1, head, None, Activation::Identity, &mut self.head_out)?;
+        self.decoder.logits(&self.last, 1, &mut self.head_out)?;
         device.read(&self.head_out, 0, &mut self.logits)
     }
 }
@@ -327,7 +509,7 @@ impl<D: Device> LanguageModel for Session<D> {
             return Err(DecodeError::Token { id, vocabulary });
         }
         for ids in tokens.chunks(self.run()) {
-            self.embed(ids, 0)?;
+            self.decoder.embed(ids, &mut self.work, 0)?;
             self.forward(ids.len())?;
         }
         self.compute_logits()?;

@@ -1,6 +1,6 @@
 use candor_kernels::DeviceError;
 
-use super::{ConfigError, DecodeError};
+use super::{AdapterError, ConfigError, DecodeError};
 use crate::weights::WeightsError;
 
 /// Why a model could not be opened or run.
@@ -13,6 +13,9 @@ pub enum ModelError {
     /// The weights are at fault.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// The adapter is at fault, or belongs to another model.
+    #[error(transparent)]
+    Adapter(Box<AdapterError>),
     /// The device did not take a weight.
     #[error("{tensor}: {source}")]
     Upload {

@@ -63,6 +63,7 @@ pub(super) enum Bias {
 }
 
 /// `x · weightᵀ + bias`.
+#[derive(Clone)]
 pub(super) struct Linear<D: Device> {
     weight: D::Weight,
     bias: Option<D::Weight>,
@@ -79,6 +80,11 @@ impl<D: Device> Linear<D> {
         out: &mut D::Buffer,
     ) -> Result<(), DeviceError> {
         device.linear(x, rows, &self.weight, self.bias.as_ref(), activation, out)
+    }
+
+    /// Weight and bias, to be put another in place of.
+    pub(super) fn parts(&mut self) -> (&mut D::Weight, Option<&mut D::Weight>) {
+        (&mut self.weight, self.bias.as_mut())
     }
 }
 

@@ -4,7 +4,9 @@
 //! [`gate`]) to video tokens, sound through [`audio`] to audio tokens, and both with the prompt's text into a
 //! [`decoder`] session that generation drives as a [`LanguageModel`]. [`Classifier`] is the verifier's network.
 
+pub mod adapter;
 pub mod audio;
+pub mod batch;
 pub mod bert;
 mod checkpoint;
 pub mod classifier;
@@ -22,6 +24,8 @@ mod rows;
 pub mod trace;
 pub mod vision;
 
+pub use adapter::{Adapter, AdapterError};
+pub use batch::Batch;
 pub use classifier::Classifier;
 pub use config::{ConfigError, ModelConfig};
 pub use decoder::{Piece, Session};

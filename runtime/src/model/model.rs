@@ -13,7 +13,7 @@ use super::gate::{BRANCHES, Gate};
 use super::layers::Loader;
 use super::projector::Projector;
 use super::vision::VisionTower;
-use super::{ModelError, Rows};
+use super::{Adapter, Batch, ModelError, Rows};
 use crate::weights::{Checkpoint, Inventory};
 
 /// All parts of a model. Its buffers are taken on first use and kept; results go into [`Rows`] that the caller keeps.
@@ -25,6 +25,8 @@ pub struct Model<D: Device> {
     gate: Gate<D>,
     audio: Option<AudioTower<D>>,
     decoder: Arc<Decoder<D>>,
+    /// The same with the adapter.
+    adapted: Arc<Decoder<D>>,
     mapped_bytes: usize,
 }
 
@@ -76,7 +78,8 @@ impl<D: Device> Model<D> {
         }
         let towers: usize = separate.iter().filter_map(|t| t.as_ref()).map(|t| t.checkpoint.mapped_bytes()).sum();
         let mapped_bytes = main.mapped_bytes() + towers;
-        Ok(Model { vision, projector, gate, audio, decoder, config, mapped_bytes, device: device.clone() })
+        let adapted = decoder.clone();
+        Ok(Model { vision, projector, gate, audio, decoder, adapted, config, mapped_bytes, device: device.clone() })
     }
 
     /// The sizes.
@@ -143,9 +146,24 @@ impl<D: Device> Model<D> {
         self.audio.as_mut().ok_or_else(no_audio)?.project(&self.device, states, out)
     }
 
+    /// Puts an adapter beside the decoder's weights, in place of the last one: sessions made from now on have it.
+    /// `None` takes it off. Nothing of the checkpoint changes or is copied.
+    pub fn adapt(&mut self, adapter: Option<&Adapter>) -> Result<(), ModelError> {
+        self.adapted = match adapter {
+            Some(adapter) => Arc::new(self.decoder.adapted(adapter)?),
+            None => self.decoder.clone(),
+        };
+        Ok(())
+    }
+
+    /// Room for `slots` sequences of up to `capacity` positions that are continued side by side.
+    pub fn batch(&self, slots: usize, capacity: usize) -> Result<Batch<D>, ModelError> {
+        Batch::new(self.adapted.clone(), slots, capacity)
+    }
+
     /// A decoder session with room for `capacity` positions. It outlives the model, and one is enough for many prompts.
     pub fn session(&self, capacity: usize) -> Result<Session<D>, ModelError> {
-        Session::new(self.decoder.clone(), capacity)
+        Session::new(self.adapted.clone(), capacity)
     }
 }
 

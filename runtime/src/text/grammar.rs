@@ -76,6 +76,11 @@ pub enum Mask {
 }
 
 impl Mask {
+    /// Every token of a vocabulary.
+    pub fn all(vocabulary: usize) -> Mask {
+        Mask::new((0u32..).take(vocabulary).collect(), vocabulary)
+    }
+
     fn new(mut ids: Vec<u32>, vocabulary: usize) -> Mask {
         // A bit for each id costs less than 4 bytes for each allowed one.
         if ids.len() * 32 <= vocabulary {

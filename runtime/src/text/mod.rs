@@ -7,6 +7,7 @@ pub mod automaton;
 pub mod generate;
 pub mod grammar;
 pub mod labels;
+pub mod rollout;
 pub mod sampling;
 pub mod template;
 pub mod token_table;

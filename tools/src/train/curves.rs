@@ -60,6 +60,17 @@ impl RunLog {
         Ok(())
     }
 
+    /// What has been measured.
+    pub fn lines(&self) -> &[Map<String, Value>] {
+        &self.lines
+    }
+
+    /// One measure over the steps.
+    pub fn curve(&self, key: &str) -> Vec<(f64, f64)> {
+        let point = |line: &Map<String, Value>| Some((line.get("step")?.as_f64()?, line.get(key)?.as_f64()?));
+        self.lines.iter().filter_map(point).collect()
+    }
+
     /// Moves the bar.
     pub fn show(&self, step: u64, message: String) {
         self.bar.set_position(step);
@@ -77,18 +88,7 @@ impl RunLog {
 
     /// Draws `curves.svg`: the training loss above, the named validation measures (between 0 and 1) below.
     pub fn draw(&self, title: &str, measures: &[&str]) -> anyhow::Result<()> {
-        let curve = |key: &str| -> Vec<(f64, f64)> {
-            let points =
-                self.lines.iter().filter_map(|line| Some((line.get("step")?.as_f64()?, line.get(key)?.as_f64()?)));
-            points.collect()
-        };
-        let losses: Vec<(f64, f64)> = curve("loss")
-            .chunks(SMOOTHING)
-            .map(|chunk| {
-                let n = chunk.len() as f64;
-                (chunk.iter().map(|p| p.0).sum::<f64>() / n, chunk.iter().map(|p| p.1).sum::<f64>() / n)
-            })
-            .collect();
+        let losses = smooth(&self.curve("loss"), SMOOTHING);
         let last = self.lines.iter().filter_map(|line| line.get("step")?.as_f64()).fold(1.0, f64::max);
         let top = losses.iter().map(|point| point.1).fold(0.1, f64::max) * 1.05;
         let path = self.folder.join("curves.svg");
@@ -113,7 +113,7 @@ impl RunLog {
         for (index, key) in measures.iter().enumerate() {
             let colour = Palette99::pick(index).to_rgba();
             chart
-                .draw_series(LineSeries::new(curve(key), colour.stroke_width(2)))?
+                .draw_series(LineSeries::new(self.curve(key), colour.stroke_width(2)))?
                 .label(*key)
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
         }
@@ -121,4 +121,50 @@ impl RunLog {
         area.present()?;
         Ok(())
     }
+}
+
+/// Means over stretches of a curve.
+fn smooth(curve: &[(f64, f64)], stretch: usize) -> Vec<(f64, f64)> {
+    let mean = |chunk: &[(f64, f64)]| {
+        let n = chunk.len() as f64;
+        (chunk.iter().map(|p| p.0).sum::<f64>() / n, chunk.iter().map(|p| p.1).sum::<f64>() / n)
+    };
+    curve.chunks(stretch.max(1)).map(mean).collect()
+}
+
+/// Points of a curve in a chart, about.
+const POINTS: usize = 120;
+
+/// Some curves over the steps as an SVG picture, smoothed where there are many points.
+pub fn chart(title: &str, curves: &[(&str, Vec<(f64, f64)>)]) -> anyhow::Result<String> {
+    let curves: Vec<(&str, Vec<(f64, f64)>)> =
+        curves.iter().map(|(name, curve)| (*name, smooth(curve, curve.len().div_ceil(POINTS)))).collect();
+    let points = || curves.iter().flat_map(|(_, curve)| curve);
+    let last = points().map(|point| point.0).fold(1.0, f64::max);
+    let (low, high) = points().fold((0.0f64, 0.0f64), |(low, high), point| (low.min(point.1), high.max(point.1)));
+    let high = if high > low { high + 0.05 * (high - low) } else { low + 1.0 };
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (640, 320)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(title, ("sans-serif", 17))
+            .margin(8)
+            .x_label_area_size(32)
+            .y_label_area_size(52)
+            .build_cartesian_2d(0.0..last, low..high)?;
+        chart.configure_mesh().x_desc("step").light_line_style(WHITE).draw()?;
+        for (index, (name, curve)) in curves.iter().enumerate() {
+            let colour = Palette99::pick(index).to_rgba();
+            chart
+                .draw_series(LineSeries::new(curve.iter().copied(), colour.stroke_width(2)))?
+                .label(*name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+        }
+        if curves.len() > 1 {
+            chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+        }
+        area.present()?;
+    }
+    Ok(svg)
 }

@@ -1,11 +1,16 @@
 //! The Qwen2-shaped decoder, forward and backward, over one worker's share of a batch. Sequences of any length lie one
-//! behind the other without padding; each forks into the rationale with its answer and the fast answer, so that the
-//! prompt and its video tokens are computed once for both.
+//! behind the other without padding; each branches into continuations of one prompt, so that the prompt and its video
+//! tokens are computed once for all of them. Its weights are trained, or stay and have low-rank factors beside them that
+//! are.
 
-use super::layers::{Fork, GroupedAttention, Projection, Rotary, accumulate, fit, zeros};
+use super::layers::{GroupedAttention, Projection, Rotary, Tree, accumulate, fit, zeros};
+use super::lora::{Lora, LoraSettings, Module, Pair};
 use super::ops::{self, Matrix};
 use super::parameters::{Plan, Treatment};
 use std::ops::Range;
+
+/// Elements of logits that are computed at once: vocabularies are large.
+const LOGITS: usize = 1 << 22;
 
 /// Sizes of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,23 +27,31 @@ pub struct DecoderSize {
     pub head_dim: usize,
     /// Width of the feed-forward branch.
     pub hidden: usize,
-    /// Rows of the embedding, which is the output head too.
+    /// Rows of the embedding.
     pub vocabulary: usize,
     /// Base of the rotary frequencies.
     pub theta: f32,
     /// Epsilon of the norms.
     pub eps: f32,
+    /// Whether the embedding is the output head too.
+    pub tied: bool,
+}
+
+/// A projection and the factors beside it.
+struct Adapted {
+    projection: Projection,
+    pairs: Vec<Pair>,
 }
 
 struct Layer {
     norm1: Range<usize>,
-    qkv: Projection,
+    qkv: Adapted,
     qkv_bias: Range<usize>,
-    out: Projection,
+    out: Adapted,
     norm2: Range<usize>,
     /// Gate and up projections side by side.
-    wide: Projection,
-    down: Projection,
+    wide: Adapted,
+    down: Adapted,
 }
 
 /// The decoder: sizes and the places of its parameters.
@@ -49,13 +62,40 @@ pub struct Decoder {
     pub embedding: Range<usize>,
     layers: Vec<Layer>,
     norm: Range<usize>,
+    /// Place of the output head, `[vocabulary, width]`.
+    head: Range<usize>,
     rotary: Rotary,
+    lora: Option<Lora>,
+}
+
+/// Values of the parameters: those of the decoder, and those of the factors beside it; without these the decoder is as
+/// if it had none.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// The decoder's, in the order of its plan.
+    pub base: &'a [f32],
+    /// The factors', in the order of [`Lora::plan`].
+    pub low_rank: Option<&'a [f32]>,
+}
+
+impl<'a> Weights<'a> {
+    /// The decoder alone.
+    pub fn base(base: &'a [f32]) -> Self {
+        Weights { base, low_rank: None }
+    }
+}
+
+/// Where gradients are added to; what is not there is not computed.
+pub struct Gradients<'a> {
+    /// Of the decoder.
+    pub base: Option<&'a mut [f32]>,
+    /// Of the factors.
+    pub low_rank: Option<&'a mut [f32]>,
 }
 
 /// What a layer's forward pass keeps.
 #[derive(Default)]
 struct Kept {
-    input: Vec<f32>,
     normal1: Vec<f32>,
     scales1: Vec<f32>,
     qkv: Vec<f32>,
@@ -71,6 +111,10 @@ struct Kept {
 /// Buffers of one worker.
 #[derive(Default)]
 pub struct DecoderBuffers {
+    /// Keep no more than each layer's input and compute the rest anew in the backward pass (Chen et al. 2016): a third
+    /// more time for a fraction of the memory.
+    pub checkpointing: bool,
+    inputs: Vec<Vec<f32>>,
     kept: Vec<Kept>,
     last: Vec<f32>,
     normal: Vec<f32>,
@@ -79,11 +123,21 @@ pub struct DecoderBuffers {
     picked: Vec<f32>,
     picked_gradient: Vec<f32>,
     gradient: Vec<f32>,
+    again: Vec<f32>,
     branch: Vec<f32>,
     wide: Vec<f32>,
     gated: Vec<f32>,
     qkv: Vec<f32>,
     scratch: Vec<f32>,
+    unused: Vec<f32>,
+    low_rank: LowRankScratch,
+}
+
+#[derive(Default)]
+struct LowRankScratch {
+    inner: Vec<f32>,
+    inner_gradient: Vec<f32>,
+    branch: Vec<f32>,
 }
 
 /// A token to predict: after which row of the batch, which id, with what weight.
@@ -97,6 +151,67 @@ pub struct Target {
     pub weight: f32,
 }
 
+impl Adapted {
+    /// x `[rows, inputs]` → out `[rows, outputs]`.
+    fn forward(&self, weights: Weights<'_>, x: &[f32], rows: usize, scale: f32, scratch: &mut LowRankScratch, out: &mut [f32]) {
+        self.projection.forward(weights.base, x, rows, out);
+        let Some(low_rank) = weights.low_rank else { return };
+        let (inputs, outputs) = (self.projection.inputs, self.projection.outputs);
+        for pair in &self.pairs {
+            let (rank, own) = (pair.rank, pair.outputs);
+            let inner = fit(&mut scratch.inner, rows * rank);
+            let a = Matrix::transposed(&low_rank[pair.a.clone()], inputs);
+            ops::multiply(inner, rows, rank, inputs, Matrix::new(x, inputs), a, false);
+            let branch = fit(&mut scratch.branch, rows * own);
+            let b = Matrix::transposed(&low_rank[pair.b.clone()], rank);
+            ops::multiply(branch, rows, own, rank, Matrix::new(inner, rank), b, false);
+            for (out, branch) in out.chunks_exact_mut(outputs).zip(branch.chunks_exact(own)) {
+                out[pair.offset..][..own].iter_mut().zip(branch).for_each(|(out, branch)| *out += scale * branch);
+            }
+        }
+    }
+
+    /// Adds to the gradients that are wanted, and writes that of `x`.
+    #[allow(clippy::too_many_arguments)]
+    fn backward(
+        &self,
+        weights: Weights<'_>,
+        gradients: &mut Gradients<'_>,
+        x: &[f32],
+        rows: usize,
+        scale: f32,
+        out_gradient: &[f32],
+        scratch: &mut LowRankScratch,
+        x_gradient: &mut [f32],
+    ) {
+        let (inputs, outputs) = (self.projection.inputs, self.projection.outputs);
+        match &mut gradients.base {
+            Some(base) => self.projection.backward(weights.base, base, x, rows, out_gradient, Some(&mut *x_gradient), false),
+            None => {
+                let weight = Matrix::new(&weights.base[self.projection.weight.clone()], inputs);
+                ops::multiply(x_gradient, rows, inputs, outputs, Matrix::new(out_gradient, outputs), weight, false);
+            }
+        }
+        let (Some(low_rank), Some(sums)) = (weights.low_rank, &mut gradients.low_rank) else { return };
+        for pair in &self.pairs {
+            let (rank, own) = (pair.rank, pair.outputs);
+            let (a, b) = (&low_rank[pair.a.clone()], &low_rank[pair.b.clone()]);
+            let out_gradient = &out_gradient[pair.offset..];
+            let inner = fit(&mut scratch.inner, rows * rank);
+            ops::multiply(inner, rows, rank, inputs, Matrix::new(x, inputs), Matrix::transposed(a, inputs), false);
+            inner.iter_mut().for_each(|value| *value *= scale);
+            let b_sum = &mut sums[pair.b.clone()];
+            ops::multiply(b_sum, own, rank, rows, Matrix::transposed(out_gradient, outputs), Matrix::new(inner, rank), true);
+            let inner_gradient = fit(&mut scratch.inner_gradient, rows * rank);
+            ops::multiply(inner_gradient, rows, rank, own, Matrix::new(out_gradient, outputs), Matrix::new(b, rank), false);
+            inner_gradient.iter_mut().for_each(|value| *value *= scale);
+            let a_sum = &mut sums[pair.a.clone()];
+            ops::multiply(a_sum, rank, inputs, rows, Matrix::transposed(inner_gradient, rank), Matrix::new(x, inputs), true);
+            ops::multiply(x_gradient, rows, inputs, rank, Matrix::new(inner_gradient, rank), Matrix::new(a, inputs), true);
+        }
+    }
+}
+
 impl Decoder {
     /// Adds the tensors to the plan under the names of the published checkpoints. Sequences have at most `positions`
     /// rows.
@@ -105,6 +220,7 @@ impl Decoder {
         let (queries, keys) = (size.heads * size.head_dim, size.key_heads * size.head_dim);
         let plain = Treatment { decay: false, rate: 1.0 };
         let embedding = plan.add("model.embed_tokens.weight", &[size.vocabulary, width], plain);
+        let adapted = |projection: Projection| Adapted { projection, pairs: Vec::new() };
         let layers = (0..size.layers)
             .map(|index| {
                 let name = |part: &str| format!("model.layers.{index}.{part}");
@@ -122,90 +238,169 @@ impl Decoder {
                 });
                 Layer {
                     norm1,
-                    qkv: Projection {
+                    qkv: adapted(Projection {
                         weight: weights[0].start..weights[2].end,
                         outputs: queries + 2 * keys,
                         inputs: width,
-                    },
+                    }),
                     qkv_bias: biases[0].start..biases[2].end,
-                    out,
+                    out: adapted(out),
                     norm2,
-                    wide: Projection { weight: wide[0].start..wide[1].end, outputs: 2 * hidden, inputs: width },
-                    down: Projection::new(plan, &name("mlp.down_proj.weight"), &[width, hidden]),
+                    wide: adapted(Projection {
+                        weight: wide[0].start..wide[1].end,
+                        outputs: 2 * hidden,
+                        inputs: width,
+                    }),
+                    down: adapted(Projection::new(plan, &name("mlp.down_proj.weight"), &[width, hidden])),
                 }
             })
             .collect();
         let norm = plan.add("model.norm.weight", &[width], plain);
-        Self { size, embedding, layers, norm, rotary: Rotary::new(positions, size.head_dim, size.theta) }
+        let head = match size.tied {
+            true => embedding.clone(),
+            false => plan.add("lm_head.weight", &[size.vocabulary, width], Treatment { decay: true, rate: 1.0 }),
+        };
+        let rotary = Rotary::new(positions, size.head_dim, size.theta);
+        Self { size, embedding, layers, norm, head, rotary, lora: None }
+    }
+
+    /// Puts low-rank factors beside the projections that the settings name.
+    pub fn with_lora(mut self, settings: LoraSettings) -> Self {
+        let mut lora = Lora::new(settings);
+        let DecoderSize { width, hidden, heads, key_heads, head_dim, .. } = self.size;
+        let (queries, keys) = (heads * head_dim, key_heads * head_dim);
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let mut beside = |adapted: &mut Adapted, modules: &[(Module, usize)]| {
+                let (inputs, mut offset) = (adapted.projection.inputs, 0);
+                for &(module, outputs) in modules {
+                    adapted.pairs.extend(lora.beside(index, module, inputs, outputs, offset));
+                    offset += outputs;
+                }
+            };
+            beside(&mut layer.qkv, &[(Module::Query, queries), (Module::Key, keys), (Module::Value, keys)]);
+            beside(&mut layer.out, &[(Module::Output, width)]);
+            beside(&mut layer.wide, &[(Module::Gate, hidden), (Module::Up, hidden)]);
+            beside(&mut layer.down, &[(Module::Down, width)]);
+        }
+        self.lora = Some(lora);
+        self
+    }
+
+    /// The factors beside the weights.
+    pub fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref()
+    }
+
+    fn scale(&self) -> f32 {
+        self.lora.as_ref().map_or(0.0, Lora::scale)
     }
 
     fn attention(&self) -> GroupedAttention {
         GroupedAttention { heads: self.size.heads, key_heads: self.size.key_heads, head_dim: self.size.head_dim }
     }
 
-    /// Runs the layers over `forks`, whose rows lie one behind the other in `x` `[rows, width]`; the normalised last
+    /// One layer over the residual stream `x` `[rows, width]`, in place; what its backward pass needs stays in `kept`.
+    #[allow(clippy::too_many_arguments)]
+    fn layer(
+        &self,
+        weights: Weights<'_>,
+        layer: &Layer,
+        x: &mut [f32],
+        trees: &[Tree],
+        kept: &mut Kept,
+        branch: &mut Vec<f32>,
+        scratch: &mut LowRankScratch,
+    ) {
+        let DecoderSize { width, hidden, heads, head_dim, eps, .. } = self.size;
+        let rows = x.len() / width;
+        let (attention, stride, scale) = (self.attention(), self.attention().stride(), self.scale());
+        let values = weights.base;
+        let normal1 = fit(&mut kept.normal1, rows * width);
+        ops::rms_norm(x, &values[layer.norm1.clone()], eps, normal1, fit(&mut kept.scales1, rows));
+        let qkv = fit(&mut kept.qkv, rows * stride);
+        layer.qkv.forward(weights, normal1, rows, scale, scratch, qkv);
+        let bias = &values[layer.qkv_bias.clone()];
+        qkv.chunks_exact_mut(stride).for_each(|row| accumulate(row, bias));
+        let mixed = fit(&mut kept.mixed, rows * heads * head_dim);
+        let scores = fit(&mut kept.scores, heads * trees.iter().map(Tree::scores).sum::<usize>());
+        let (mut first, mut place) = (0, 0);
+        for tree in trees {
+            let own = &mut qkv[first * stride..][..tree.rows() * stride];
+            attention.turn(&self.rotary, tree, own, 1.0);
+            attention.forward(own, tree, &mut mixed[first * heads * head_dim..], &mut scores[place * heads..]);
+            first += tree.rows();
+            place += tree.scores();
+        }
+        let branch = fit(branch, rows * width);
+        layer.out.forward(weights, mixed, rows, scale, scratch, branch);
+        accumulate(x, branch);
+        fit(&mut kept.middle, rows * width).copy_from_slice(x);
+        let normal2 = fit(&mut kept.normal2, rows * width);
+        ops::rms_norm(x, &values[layer.norm2.clone()], eps, normal2, fit(&mut kept.scales2, rows));
+        let wide = fit(&mut kept.wide, rows * 2 * hidden);
+        layer.wide.forward(weights, normal2, rows, scale, scratch, wide);
+        let gated = fit(&mut kept.gated, rows * hidden);
+        for (wide, gated) in wide.chunks_exact(2 * hidden).zip(gated.chunks_exact_mut(hidden)) {
+            let (gate, up) = wide.split_at(hidden);
+            ops::gated_silu(gate, up, gated);
+        }
+        layer.down.forward(weights, gated, rows, scale, scratch, branch);
+        accumulate(x, branch);
+    }
+
+    /// Runs the layers over `trees`, whose rows lie one behind the other in `x` `[rows, width]`; the normalised last
     /// states stay in the buffers, see `DecoderBuffers`.
-    pub fn forward(&self, values: &[f32], x: &[f32], forks: &[Fork], buffers: &mut DecoderBuffers) {
-        let DecoderSize { width, hidden, heads, key_heads, eps, .. } = self.size;
-        let rows: usize = forks.iter().map(|f| f.rows).sum();
-        let (attention, stride) = (self.attention(), self.attention().stride());
-        let squares: usize = forks.iter().map(|f| f.rows * f.rows).sum();
-        let DecoderBuffers { kept: all, last, normal, scales, branch, .. } = buffers;
-        all.resize_with(self.layers.len(), Kept::default);
+    pub fn forward(&self, weights: Weights<'_>, x: &[f32], trees: &[Tree], buffers: &mut DecoderBuffers) {
+        let DecoderSize { width, eps, .. } = self.size;
+        let rows: usize = trees.iter().map(Tree::rows).sum();
+        let DecoderBuffers { checkpointing, inputs, kept: all, last, normal, scales, branch, low_rank, .. } = buffers;
+        all.resize_with(if *checkpointing { 1 } else { self.layers.len() }, Kept::default);
+        inputs.resize_with(self.layers.len(), Vec::new);
         fit(last, rows * width).copy_from_slice(&x[..rows * width]);
-        for (layer, kept) in self.layers.iter().zip(all) {
-            fit(&mut kept.input, rows * width).copy_from_slice(&last[..rows * width]);
+        for (index, (layer, input)) in self.layers.iter().zip(inputs).enumerate() {
             let x = &mut last[..rows * width];
-            let normal1 = fit(&mut kept.normal1, rows * width);
-            ops::rms_norm(x, &values[layer.norm1.clone()], eps, normal1, fit(&mut kept.scales1, rows));
-            let qkv = fit(&mut kept.qkv, rows * stride);
-            layer.qkv.forward(values, normal1, rows, qkv);
-            let bias = &values[layer.qkv_bias.clone()];
-            qkv.chunks_exact_mut(stride).for_each(|row| accumulate(row, bias));
-            let mixed = fit(&mut kept.mixed, rows * heads * self.size.head_dim);
-            let scores = fit(&mut kept.scores, squares * heads);
-            let (mut first, mut square) = (0, 0);
-            for fork in forks {
-                let own = &mut qkv[first * stride..][..fork.rows * stride];
-                for (row, qkv) in own.chunks_exact_mut(stride).enumerate() {
-                    self.rotary.turn(qkv, heads + key_heads, fork.position(row), 1.0);
-                }
-                let mixed = &mut mixed[first * heads * self.size.head_dim..];
-                attention.forward(own, *fork, mixed, &mut scores[square * heads..]);
-                first += fork.rows;
-                square += fork.rows * fork.rows;
-            }
-            let branch = fit(branch, rows * width);
-            layer.out.forward(values, mixed, rows, branch);
-            accumulate(x, branch);
-            fit(&mut kept.middle, rows * width).copy_from_slice(x);
-            let normal2 = fit(&mut kept.normal2, rows * width);
-            ops::rms_norm(x, &values[layer.norm2.clone()], eps, normal2, fit(&mut kept.scales2, rows));
-            let wide = fit(&mut kept.wide, rows * 2 * hidden);
-            layer.wide.forward(values, normal2, rows, wide);
-            let gated = fit(&mut kept.gated, rows * hidden);
-            for (wide, gated) in wide.chunks_exact(2 * hidden).zip(gated.chunks_exact_mut(hidden)) {
-                let (gate, up) = wide.split_at(hidden);
-                ops::gated_silu(gate, up, gated);
-            }
-            layer.down.forward(values, gated, rows, branch);
-            accumulate(x, branch);
+            fit(input, rows * width).copy_from_slice(x);
+            let kept = &mut all[if *checkpointing { 0 } else { index }];
+            self.layer(weights, layer, x, trees, kept, branch, low_rank);
         }
         let last = &last[..rows * width];
-        ops::rms_norm(last, &values[self.norm.clone()], eps, fit(normal, rows * width), fit(scales, rows));
+        let (normal, scales) = (fit(normal, rows * width), fit(scales, rows));
+        ops::rms_norm(last, &weights.base[self.norm.clone()], eps, normal, scales);
     }
 
     /// Logits after some rows of the last forward pass, `[picked, vocabulary]`.
-    pub fn logits<'a>(&self, values: &[f32], rows: &[usize], buffers: &'a mut DecoderBuffers) -> &'a mut [f32] {
+    pub fn logits<'a>(&self, weights: Weights<'_>, rows: &[usize], buffers: &'a mut DecoderBuffers) -> &'a mut [f32] {
         let (width, vocabulary) = (self.size.width, self.size.vocabulary);
         let picked = fit(&mut buffers.picked, rows.len() * width);
         for (out, &row) in picked.chunks_exact_mut(width).zip(rows) {
             out.copy_from_slice(&buffers.normal[row * width..][..width]);
         }
         let logits = fit(&mut buffers.logits, rows.len() * vocabulary);
-        let table = Matrix::transposed(&values[self.embedding.clone()], width);
+        let table = Matrix::transposed(&weights.base[self.head.clone()], width);
         ops::multiply(logits, rows.len(), vocabulary, width, Matrix::new(picked, width), table, false);
         logits
+    }
+
+    /// Targets whose logits are computed at once.
+    fn head_run(&self) -> usize {
+        (LOGITS / self.size.vocabulary).max(1)
+    }
+
+    /// Log-probability of each target after [`Decoder::forward`], and the entropy of what could stand there.
+    pub fn log_probabilities(
+        &self,
+        weights: Weights<'_>,
+        targets: &[Target],
+        buffers: &mut DecoderBuffers,
+    ) -> Vec<(f32, f32)> {
+        let mut out = Vec::with_capacity(targets.len());
+        for targets in targets.chunks(self.head_run()) {
+            let rows: Vec<usize> = targets.iter().map(|target| target.row).collect();
+            let logits = self.logits(weights, &rows, buffers);
+            let logits = logits.chunks_exact(self.size.vocabulary);
+            out.extend(logits.zip(targets).map(|(logits, target)| ops::log_probability(logits, target.id as usize)));
+        }
+        out
     }
 
     /// Cross-entropy of the targets after [`Decoder::forward`] and everything backward from it: adds to `gradients`
@@ -213,95 +408,121 @@ impl Decoder {
     /// likeliest.
     pub fn backward(
         &self,
-        values: &[f32],
-        gradients: &mut [f32],
-        forks: &[Fork],
+        weights: Weights<'_>,
+        mut gradients: Gradients<'_>,
+        trees: &[Tree],
         targets: &[Target],
         buffers: &mut DecoderBuffers,
         x_gradient: &mut [f32],
     ) -> (f64, Vec<bool>) {
-        let DecoderSize { width, hidden, heads, key_heads, vocabulary, head_dim, .. } = self.size;
-        let rows: usize = forks.iter().map(|f| f.rows).sum();
-        let picked_rows: Vec<usize> = targets.iter().map(|t| t.row).collect();
+        let DecoderSize { width, hidden, heads, vocabulary, head_dim, .. } = self.size;
+        let rows: usize = trees.iter().map(Tree::rows).sum();
         let mut loss = 0.0;
         let mut right = Vec::with_capacity(targets.len());
-        let logits = self.logits(values, &picked_rows, buffers);
-        for (logits, target) in logits.chunks_exact_mut(vocabulary).zip(targets) {
-            let id = target.id as usize;
-            right.push(logits.iter().all(|&l| l <= logits[id]));
-            loss += f64::from(ops::cross_entropy(logits, id, 0.0, target.weight));
+        zeros(&mut buffers.branch, rows * width);
+        for targets in targets.chunks(self.head_run()) {
+            let picked_rows: Vec<usize> = targets.iter().map(|target| target.row).collect();
+            let logits = self.logits(weights, &picked_rows, buffers);
+            for (logits, target) in logits.chunks_exact_mut(vocabulary).zip(targets) {
+                let id = target.id as usize;
+                right.push(logits.iter().all(|&l| l <= logits[id]));
+                loss += f64::from(ops::cross_entropy(logits, id, 0.0, target.weight));
+            }
+            let DecoderBuffers { logits, picked, picked_gradient, branch, .. } = &mut *buffers;
+            let count = targets.len();
+            let (logits, picked) = (&logits[..count * vocabulary], &picked[..count * width]);
+            let picked_gradient = fit(picked_gradient, count * width);
+            let table = Matrix::new(&weights.base[self.head.clone()], width);
+            ops::multiply(picked_gradient, count, width, vocabulary, Matrix::new(logits, vocabulary), table, false);
+            if let Some(base) = &mut gradients.base {
+                let along = Matrix::transposed(logits, vocabulary);
+                let table = &mut base[self.head.clone()];
+                ops::multiply(table, vocabulary, width, count, along, Matrix::new(picked, width), true);
+            }
+            for (row, picked) in picked_rows.iter().zip(picked_gradient.chunks_exact(width)) {
+                accumulate(&mut branch[row * width..][..width], picked);
+            }
         }
         let DecoderBuffers {
+            checkpointing,
+            inputs,
             kept: all,
             last,
-            normal: _,
             scales,
-            logits,
-            picked,
-            picked_gradient,
             gradient,
+            again,
             branch,
             wide,
             gated,
             qkv,
             scratch,
+            unused,
+            low_rank,
+            ..
         } = buffers;
-        let count = targets.len();
-        let (logits, picked) = (&logits[..count * vocabulary], &picked[..count * width]);
-        let picked_gradient = fit(picked_gradient, count * width);
-        let table = Matrix::new(&values[self.embedding.clone()], width);
-        ops::multiply(picked_gradient, count, width, vocabulary, Matrix::new(logits, vocabulary), table, false);
-        let along = Matrix::transposed(logits, vocabulary);
-        let table = &mut gradients[self.embedding.clone()];
-        ops::multiply(table, vocabulary, width, count, along, Matrix::new(picked, width), true);
-        let normal_gradient = zeros(branch, rows * width);
-        for (row, picked) in picked_rows.iter().zip(picked_gradient.chunks_exact(width)) {
-            accumulate(&mut normal_gradient[row * width..][..width], picked);
-        }
+        let scale = self.scale();
         let gradient = zeros(gradient, rows * width);
-        let (weight, sums) = (&values[self.norm.clone()], &mut gradients[self.norm.clone()]);
-        ops::rms_norm_backward(&last[..rows * width], weight, &scales[..rows], normal_gradient, sums, gradient);
+        let weight = &weights.base[self.norm.clone()];
+        let sums = sums(&mut gradients, &self.norm, unused);
+        ops::rms_norm_backward(&last[..rows * width], weight, &scales[..rows], &branch[..rows * width], sums, gradient);
 
         let (attention, stride) = (self.attention(), self.attention().stride());
-        for (layer, kept) in self.layers.iter().zip(all).rev() {
-            let gated_gradient = fit(gated, rows * hidden);
-            layer.down.backward(values, gradients, &kept.gated, rows, gradient, Some(gated_gradient), false);
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let input = &inputs[index][..rows * width];
+            let kept = &mut all[if *checkpointing { 0 } else { index }];
+            if *checkpointing {
+                let x = fit(again, rows * width);
+                x.copy_from_slice(input);
+                self.layer(weights, layer, x, trees, kept, branch, low_rank);
+            }
+            let gated_gradient = fit(gated, rows * hidden.max(heads * head_dim));
+            let inner = &mut gated_gradient[..rows * hidden];
+            layer.down.backward(weights, &mut gradients, &kept.gated, rows, scale, gradient, low_rank, inner);
             let wide_gradient = fit(wide, rows * 2 * hidden);
             let each = wide_gradient.chunks_exact_mut(2 * hidden).zip(kept.wide.chunks_exact(2 * hidden));
-            for ((out, wide), gated) in each.zip(gated_gradient.chunks_exact(hidden)) {
+            for ((out, wide), gated) in each.zip(inner.chunks_exact(hidden)) {
                 let ((gate_gradient, up_gradient), (gate, up)) = (out.split_at_mut(hidden), wide.split_at(hidden));
                 ops::gated_silu_backward(gate, up, gated, gate_gradient, up_gradient);
             }
             let branch = fit(branch, rows * width);
-            layer.wide.backward(values, gradients, &kept.normal2, rows, wide_gradient, Some(branch), false);
-            let (weight, sums) = (&values[layer.norm2.clone()], &mut gradients[layer.norm2.clone()]);
-            ops::rms_norm_backward(&kept.middle[..rows * width], weight, &kept.scales2[..rows], branch, sums, gradient);
+            layer.wide.backward(weights, &mut gradients, &kept.normal2, rows, scale, wide_gradient, low_rank, branch);
+            let (weight, middle) = (&weights.base[layer.norm2.clone()], &kept.middle[..rows * width]);
+            let norm_sums = self::sums(&mut gradients, &layer.norm2, unused);
+            ops::rms_norm_backward(middle, weight, &kept.scales2[..rows], branch, norm_sums, gradient);
 
-            let mixed_gradient = fit(gated, rows * heads * head_dim);
-            layer.out.backward(values, gradients, &kept.mixed, rows, gradient, Some(mixed_gradient), false);
+            let mixed_gradient = &mut gated_gradient[..rows * heads * head_dim];
+            layer.out.backward(weights, &mut gradients, &kept.mixed, rows, scale, gradient, low_rank, mixed_gradient);
             let qkv_gradient = fit(qkv, rows * stride);
-            let (mut first, mut square) = (0, 0);
-            for fork in forks {
-                let (n, squares) = (fork.rows, fork.rows * fork.rows);
+            let (mut first, mut place) = (0, 0);
+            for tree in trees {
+                let n = tree.rows();
                 let own = &mut qkv_gradient[first * stride..][..n * stride];
-                let scores = &kept.scores[square * heads..][..squares * heads];
+                let scores = &kept.scores[place * heads..][..tree.scores() * heads];
                 let mixed = &mixed_gradient[first * heads * head_dim..][..n * heads * head_dim];
-                let scratch = fit(scratch, squares);
-                attention.backward(&kept.qkv[first * stride..], *fork, scores, mixed, own, scratch);
-                for (row, qkv) in own.chunks_exact_mut(stride).enumerate() {
-                    self.rotary.turn(qkv, heads + key_heads, fork.position(row), -1.0);
-                }
+                attention.backward(&kept.qkv[first * stride..], tree, scores, mixed, own, scratch);
+                attention.turn(&self.rotary, tree, own, -1.0);
                 first += n;
-                square += squares;
+                place += tree.scores();
             }
-            let bias = &mut gradients[layer.qkv_bias.clone()];
-            qkv_gradient.chunks_exact(stride).for_each(|row| accumulate(bias, row));
-            layer.qkv.backward(values, gradients, &kept.normal1, rows, qkv_gradient, Some(branch), false);
-            let (weight, sums) = (&values[layer.norm1.clone()], &mut gradients[layer.norm1.clone()]);
-            ops::rms_norm_backward(&kept.input[..rows * width], weight, &kept.scales1[..rows], branch, sums, gradient);
+            if let Some(base) = &mut gradients.base {
+                let bias = &mut base[layer.qkv_bias.clone()];
+                qkv_gradient.chunks_exact(stride).for_each(|row| accumulate(bias, row));
+            }
+            layer.qkv.backward(weights, &mut gradients, &kept.normal1, rows, scale, qkv_gradient, low_rank, branch);
+            let weight = &weights.base[layer.norm1.clone()];
+            let norm_sums = self::sums(&mut gradients, &layer.norm1, unused);
+            ops::rms_norm_backward(input, weight, &kept.scales1[..rows], branch, norm_sums, gradient);
         }
         x_gradient[..rows * width].copy_from_slice(gradient);
         (loss, right)
+    }
+}
+
+/// Where a norm's gradient is added to: its place, or where nobody looks.
+fn sums<'a>(gradients: &'a mut Gradients<'_>, place: &Range<usize>, unused: &'a mut Vec<f32>) -> &'a mut [f32] {
+    match &mut gradients.base {
+        Some(base) => &mut base[place.clone()],
+        None => fit(unused, place.len()),
     }
 }
 
@@ -322,49 +543,99 @@ mod tests {
         vocabulary: 17,
         theta: 1e4,
         eps: 1e-6,
+        tied: true,
     };
+
+    fn tree(shared: usize, branches: &[usize]) -> Tree {
+        Tree { shared, branches: branches.to_vec() }
+    }
+
+    const TARGETS: [Target; 4] = [
+        Target { row: 2, id: 5, weight: 0.5 },
+        Target { row: 4, id: 1, weight: 1.0 },
+        Target { row: 8, id: 16, weight: -2.0 },
+        Target { row: 12, id: 3, weight: 0.7 },
+    ];
 
     #[test]
     fn gradients_equal_finite_differences() {
-        let mut plan = Plan::default();
-        let decoder = Decoder::new(&mut plan, SIZE, 16);
-        let forks = [Fork { rows: 9, fork: 3, second: 6 }, Fork { rows: 4, fork: 4, second: 4 }];
-        // The input rows are a tensor of the plan too, so that their gradient is checked with the others.
-        let input = plan.add("x", &[13, SIZE.width], Treatment { decay: false, rate: 1.0 });
-        let mut values = random(plan.len(), 0.6, &mut ChaCha8Rng::seed_from_u64(1));
-        let target = |row, id, weight| Target { row, id, weight };
-        let targets = [target(2, 5, 0.5), target(4, 1, 1.0), target(8, 16, 2.0), target(12, 3, 0.7)];
-        let mut buffers = DecoderBuffers::default();
-        let mut gradients = vec![0.0; plan.len()];
-        let mut x_gradient = vec![0.0; 13 * SIZE.width];
-        let mut run = |values: &[f32], gradients: &mut [f32], x_gradient: &mut [f32]| {
-            decoder.forward(values, &values[input.clone()], &forks, &mut buffers);
-            decoder.backward(values, gradients, &forks, &targets, &mut buffers, x_gradient).0
-        };
-        run(&values, &mut gradients, &mut x_gradient);
-        gradients[input.clone()].copy_from_slice(&x_gradient);
-        let mut unused = vec![0.0; plan.len()];
-        check(&plan, &mut values, &gradients, |values| run(values, &mut unused, &mut x_gradient));
+        for (tied, checkpointing) in [(true, false), (false, true)] {
+            let mut plan = Plan::default();
+            let decoder = Decoder::new(&mut plan, DecoderSize { tied, ..SIZE }, 16);
+            let trees = [tree(3, &[3, 3]), tree(4, &[])];
+            // The input rows are a tensor of the plan too, so that their gradient is checked with the others.
+            let input = plan.add("x", &[13, SIZE.width], Treatment { decay: false, rate: 1.0 });
+            let mut values = random(plan.len(), 0.6, &mut ChaCha8Rng::seed_from_u64(1));
+            let mut buffers = DecoderBuffers { checkpointing, ..DecoderBuffers::default() };
+            let mut gradients = vec![0.0; plan.len()];
+            let mut x_gradient = vec![0.0; 13 * SIZE.width];
+            let mut run = |values: &[f32], gradients: &mut [f32], x_gradient: &mut [f32]| {
+                let weights = Weights::base(values);
+                decoder.forward(weights, &values[input.clone()], &trees, &mut buffers);
+                let gradients = Gradients { base: Some(gradients), low_rank: None };
+                decoder.backward(weights, gradients, &trees, &TARGETS, &mut buffers, x_gradient).0
+            };
+            run(&values, &mut gradients, &mut x_gradient);
+            gradients[input.clone()].copy_from_slice(&x_gradient);
+            let mut unused = vec![0.0; plan.len()];
+            check(&plan, &mut values, &gradients, |values| run(values, &mut unused, &mut x_gradient));
+        }
     }
 
-    /// The second continuation of a fork gives what the same tokens give as a sequence of their own.
     #[test]
-    fn a_fork_is_two_sequences() {
+    fn gradients_of_the_factors_equal_finite_differences() {
+        let mut plan = Plan::default();
+        let settings = LoraSettings { rank: 3, alpha: 4.5, stabilised: false, modules: Module::ALL.to_vec() };
+        let decoder = Decoder::new(&mut plan, SIZE, 16).with_lora(settings);
+        let factors = decoder.lora().map(|lora| lora.plan.clone()).unwrap_or_default();
+        assert_eq!(factors.entries().len(), 2 * 7 * SIZE.layers);
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let base = random(plan.len(), 0.6, &mut rng);
+        let mut values = random(factors.len(), 0.6, &mut rng);
+        let x = random(13 * SIZE.width, 1.0, &mut rng);
+        let trees = [tree(3, &[3, 3]), tree(4, &[])];
+        for checkpointing in [false, true] {
+            let mut buffers = DecoderBuffers { checkpointing, ..DecoderBuffers::default() };
+            let mut x_gradient = vec![0.0; x.len()];
+            let mut run = |values: &[f32], gradients: &mut [f32]| {
+                let weights = Weights { base: &base, low_rank: Some(values) };
+                decoder.forward(weights, &x, &trees, &mut buffers);
+                let gradients = Gradients { base: None, low_rank: Some(gradients) };
+                decoder.backward(weights, gradients, &trees, &TARGETS, &mut buffers, &mut x_gradient).0
+            };
+            let mut gradients = vec![0.0; factors.len()];
+            run(&values, &mut gradients);
+            let mut unused = vec![0.0; factors.len()];
+            check(&factors, &mut values, &gradients, |values| run(values, &mut unused));
+        }
+    }
+
+    /// Each branch gives what the same tokens give as a sequence of their own.
+    #[test]
+    fn branches_are_sequences_of_their_own() {
         let mut plan = Plan::default();
         let decoder = Decoder::new(&mut plan, SIZE, 16);
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         let values = random(plan.len(), 0.6, &mut rng);
-        let x = random(8 * SIZE.width, 1.0, &mut rng);
+        let weights = Weights::base(&values);
+        let x = random(9 * SIZE.width, 1.0, &mut rng);
         let mut buffers = DecoderBuffers::default();
-        decoder.forward(&values, &x, &[Fork { rows: 8, fork: 3, second: 6 }], &mut buffers);
-        let forked = decoder.logits(&values, &[5, 7], &mut buffers).to_vec();
-        for (range, row, logits) in [(3..6, 5, &forked[..17]), (6..8, 4, &forked[17..])] {
-            let alone = [&x[..3 * SIZE.width], &x[range.start * SIZE.width..range.end * SIZE.width]].concat();
+        let whole = tree(3, &[3, 2, 1]);
+        decoder.forward(weights, &x, std::slice::from_ref(&whole), &mut buffers);
+        let branched = decoder.logits(weights, &[5, 7, 8], &mut buffers).to_vec();
+        for (branch, logits) in branched.chunks_exact(17).enumerate() {
+            let start = whole.start(branch);
+            let own = start * SIZE.width..(start + whole.branches[branch]) * SIZE.width;
+            let alone = [&x[..3 * SIZE.width], &x[own]].concat();
             let rows = alone.len() / SIZE.width;
-            decoder.forward(&values, &alone, &[Fork { rows, fork: rows, second: rows }], &mut buffers);
-            for (a, b) in decoder.logits(&values, &[row], &mut buffers).iter().zip(logits) {
+            decoder.forward(weights, &alone, &[tree(rows, &[])], &mut buffers);
+            for (a, b) in decoder.logits(weights, &[rows - 1], &mut buffers).iter().zip(logits) {
                 assert!((a - b).abs() < 1e-5, "{a} {b}");
             }
+            let target = Target { row: rows - 1, id: 4, weight: 1.0 };
+            let log_probability = decoder.log_probabilities(weights, &[target], &mut buffers)[0].0;
+            let total: f32 = logits.iter().map(|logit| logit.exp()).sum();
+            assert!((log_probability - (logits[4] - total.ln())).abs() < 1e-5);
         }
     }
 }

@@ -245,34 +245,69 @@ impl Rotary {
     }
 }
 
-/// One sequence that forks: rows `..fork` are shared, rows `fork..second` and `second..` are two continuations that do
-/// not see each other. The position of row `r` in the second is `fork + r - second`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fork {
-    /// Rows of both together.
-    pub rows: usize,
-    /// End of the shared rows.
-    pub fork: usize,
-    /// Start of the second continuation.
-    pub second: usize,
+/// One sequence that branches: `shared` rows, then continuations of them that do not see each other, one behind the
+/// other. The positions of every branch go on from the shared rows'.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tree {
+    /// Rows that all branches see.
+    pub shared: usize,
+    /// Rows of each branch.
+    pub branches: Vec<usize>,
 }
 
-impl Fork {
-    /// Rotary position of a row.
-    pub fn position(&self, row: usize) -> usize {
-        if row < self.second { row } else { self.fork + row - self.second }
+/// Rows that lie one behind the other and see each other and the shared rows: the shared rows themselves, or a branch.
+#[derive(Clone, Copy)]
+struct Segment {
+    start: usize,
+    rows: usize,
+    /// Shared rows before its own that it sees.
+    before: usize,
+    /// Where its scores begin.
+    scores: usize,
+}
+
+impl Segment {
+    fn keys(&self) -> usize {
+        self.before + self.rows
+    }
+}
+
+impl Tree {
+    /// Rows of all together.
+    pub fn rows(&self) -> usize {
+        self.shared + self.branches.iter().sum::<usize>()
     }
 
-    /// Hides what a row may not see: what follows it, and the other continuation.
-    fn hide(&self, row: usize, scores: &mut [f32], hidden: f32) {
-        scores[row + 1..].fill(hidden);
-        if row >= self.second {
-            scores[self.fork..self.second].fill(hidden);
+    /// Elements of one head's attention scores.
+    pub fn scores(&self) -> usize {
+        self.segments().map(|segment| segment.rows * segment.keys()).sum()
+    }
+
+    /// First row of a branch.
+    pub fn start(&self, branch: usize) -> usize {
+        self.shared + self.branches[..branch].iter().sum::<usize>()
+    }
+
+    fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
+        let lengths = std::iter::once((0, self.shared)).chain(self.branches.iter().map(|&rows| (self.shared, rows)));
+        let (mut start, mut scores) = (0, 0);
+        lengths.filter(|&(_, rows)| rows > 0).map(move |(before, rows)| {
+            let segment = Segment { start, rows, before, scores };
+            start += rows;
+            scores += rows * segment.keys();
+            segment
+        })
+    }
+
+    /// Calls `turn(row, position)` for each row.
+    fn positions(&self, mut turn: impl FnMut(usize, usize)) {
+        for segment in self.segments() {
+            (0..segment.rows).for_each(|row| turn(segment.start + row, segment.before + row));
         }
     }
 }
 
-/// Grouped-query attention over one forked sequence whose queries, keys and values lie side by side in each row.
+/// Grouped-query attention over one branching sequence whose queries, keys and values lie side by side in each row.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupedAttention {
     /// Query heads.
@@ -294,58 +329,88 @@ impl GroupedAttention {
         (head * self.head_dim, key * self.head_dim, (key + self.key_heads) * self.head_dim)
     }
 
+    /// Turns queries and keys of `qkv` `[rows, stride]` to their positions; back with `sign` -1.
+    pub fn turn(&self, rotary: &Rotary, tree: &Tree, qkv: &mut [f32], sign: f32) {
+        let stride = self.stride();
+        tree.positions(|row, position| {
+            rotary.turn(&mut qkv[row * stride..][..stride], self.heads + self.key_heads, position, sign);
+        });
+    }
+
     /// qkv `[rows, stride]`, already turned → out `[rows, heads · head_dim]`; `scores` keeps the probabilities,
-    /// `[heads, rows, rows]`.
-    pub fn forward(&self, qkv: &[f32], fork: Fork, out: &mut [f32], scores: &mut [f32]) {
-        let (n, d, stride) = (fork.rows, self.head_dim, self.stride());
+    /// `[heads, tree.scores()]`.
+    pub fn forward(&self, qkv: &[f32], tree: &Tree, out: &mut [f32], scores: &mut [f32]) {
+        let (d, stride, width, all) = (self.head_dim, self.stride(), self.heads * self.head_dim, tree.scores());
         let scale = 1.0 / (d as f32).sqrt();
         for head in 0..self.heads {
             let (q, k, v) = self.offsets(head);
-            let scores = &mut scores[head * n * n..][..n * n];
-            let (queries, keys) = (Matrix::new(&qkv[q..], stride), Matrix::transposed(&qkv[k..], stride));
-            ops::multiply_exact(scores, n, n, n, d, queries, keys, false);
-            for (row, scores) in scores.chunks_exact_mut(n).enumerate() {
-                scores.iter_mut().for_each(|s| *s *= scale);
-                fork.hide(row, scores, f32::NEG_INFINITY);
-                ops::softmax(scores);
-                // The exponential of a hidden score is small but not zero.
-                fork.hide(row, scores, 0.0);
+            for Segment { start, rows, before, scores: at } in tree.segments() {
+                let keys = before + rows;
+                let scores = &mut scores[head * all + at..][..rows * keys];
+                let queries = Matrix::new(&qkv[start * stride + q..], stride);
+                let shared_keys = Matrix::transposed(&qkv[k..], stride);
+                let own_keys = Matrix::transposed(&qkv[start * stride + k..], stride);
+                ops::multiply_exact(scores, keys, rows, before, d, queries, shared_keys, false);
+                ops::multiply_exact(&mut scores[before..], keys, rows, rows, d, queries, own_keys, false);
+                for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
+                    let (seen, hidden) = scores.split_at_mut(before + row + 1);
+                    seen.iter_mut().for_each(|s| *s *= scale);
+                    ops::softmax(seen);
+                    hidden.fill(0.0);
+                }
+                let out = &mut out[start * width + head * d..];
+                let shared_values = Matrix::new(&qkv[v..], stride);
+                let own_values = Matrix::new(&qkv[start * stride + v..], stride);
+                let own = Matrix::new(&scores[before..], keys);
+                ops::multiply_exact(out, width, rows, d, rows, own, own_values, false);
+                if before > 0 {
+                    let p = Matrix::new(scores, keys);
+                    ops::multiply_exact(out, width, rows, d, before, p, shared_values, true);
+                }
             }
-            let width = self.heads * d;
-            let (p, values) = (Matrix::new(scores, n), Matrix::new(&qkv[v..], stride));
-            ops::multiply_exact(&mut out[head * d..], width, n, d, n, p, values, false);
         }
     }
 
-    /// Backward of [`GroupedAttention::forward`]: writes `qkv_gradient` `[rows, stride]`; `scratch` holds `rows²`.
+    /// Backward of [`GroupedAttention::forward`]: writes `qkv_gradient` `[rows, stride]`; `scratch` grows to the
+    /// largest segment's scores.
     pub fn backward(
         &self,
         qkv: &[f32],
-        fork: Fork,
+        tree: &Tree,
         scores: &[f32],
         out_gradient: &[f32],
         qkv_gradient: &mut [f32],
-        scratch: &mut [f32],
+        scratch: &mut Vec<f32>,
     ) {
-        let (n, d, stride, width) = (fork.rows, self.head_dim, self.stride(), self.heads * self.head_dim);
+        let (d, stride, width, all) = (self.head_dim, self.stride(), self.heads * self.head_dim, tree.scores());
         let scale = 1.0 / (d as f32).sqrt();
         qkv_gradient.fill(0.0);
         for head in 0..self.heads {
             let (q, k, v) = self.offsets(head);
-            let probabilities = &scores[head * n * n..][..n * n];
-            let along = Matrix::new(&out_gradient[head * d..], width);
-            let p = Matrix::transposed(probabilities, n);
-            ops::multiply_exact(&mut qkv_gradient[v..], stride, n, d, n, p, along, true);
-            let inner = &mut scratch[..n * n];
-            ops::multiply_exact(inner, n, n, n, d, along, Matrix::transposed(&qkv[v..], stride), false);
-            for (row, p) in inner.chunks_exact_mut(n).zip(probabilities.chunks_exact(n)) {
-                let expected = ops::sum(row.iter().zip(p).map(|(g, p)| g * p));
-                row.iter_mut().zip(p).for_each(|(g, p)| *g = (*g - expected) * p * scale);
+            for Segment { start, rows, before, scores: at } in tree.segments() {
+                let (keys, first) = (before + rows, start * stride);
+                let probabilities = &scores[head * all + at..][..rows * keys];
+                let along = Matrix::new(&out_gradient[start * width + head * d..], width);
+                let inner = fit(scratch, rows * keys);
+                // The shared rows as keys and values, then the segment's own.
+                let parts = [(0, 0, before), (first, before, rows)];
+                for (row, column, count) in parts.into_iter().filter(|part| part.2 > 0) {
+                    let p = Matrix::transposed(&probabilities[column..], keys);
+                    ops::multiply_exact(&mut qkv_gradient[row + v..], stride, count, d, rows, p, along, true);
+                    let values = Matrix::transposed(&qkv[row + v..], stride);
+                    ops::multiply_exact(&mut inner[column..], keys, rows, count, d, along, values, false);
+                }
+                for (row, p) in inner.chunks_exact_mut(keys).zip(probabilities.chunks_exact(keys)) {
+                    let expected = ops::sum(row.iter().zip(p).map(|(g, p)| g * p));
+                    row.iter_mut().zip(p).for_each(|(g, p)| *g = (*g - expected) * p * scale);
+                }
+                for (row, column, count) in parts.into_iter().filter(|part| part.2 > 0) {
+                    let (s, key) = (Matrix::new(&inner[column..], keys), Matrix::new(&qkv[row + k..], stride));
+                    ops::multiply_exact(&mut qkv_gradient[first + q..], stride, rows, d, count, s, key, true);
+                    let (s, query) = (Matrix::transposed(&inner[column..], keys), Matrix::new(&qkv[first + q..], stride));
+                    ops::multiply_exact(&mut qkv_gradient[row + k..], stride, count, d, rows, s, query, true);
+                }
             }
-            let (s, keys) = (Matrix::new(inner, n), Matrix::new(&qkv[k..], stride));
-            ops::multiply_exact(&mut qkv_gradient[q..], stride, n, d, n, s, keys, true);
-            let (s, queries) = (Matrix::transposed(inner, n), Matrix::new(&qkv[q..], stride));
-            ops::multiply_exact(&mut qkv_gradient[k..], stride, n, d, n, s, queries, true);
         }
     }
 }

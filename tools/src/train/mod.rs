@@ -8,12 +8,15 @@ pub mod export;
 pub mod faces;
 pub mod features;
 pub mod gate_text;
+pub mod grpo;
 #[cfg(test)]
 pub(crate) mod gradient_check;
 pub mod layers;
+pub mod lora;
 pub mod ops;
 pub mod optimiser;
 pub mod parameters;
+pub mod policy;
 pub mod projector;
 pub mod schedule;
 pub mod sft;
@@ -34,6 +37,8 @@ pub enum TrainCommand {
     Verifier(verifier::VerifierArgs),
     /// Train the projector, the gate and the decoder on rationales, behind a frozen tower.
     Sft(sft::SftArgs),
+    /// Fine-tune a model's decoder with rewards (GRPO).
+    Grpo(Box<grpo::settings::GrpoArgs>),
 }
 
 /// Runs one `train` subcommand.
@@ -42,5 +47,6 @@ pub fn run(command: TrainCommand) -> anyhow::Result<()> {
         TrainCommand::Tower(args) => tower::run(&args),
         TrainCommand::Verifier(args) => verifier::run(&args),
         TrainCommand::Sft(args) => sft::run(&args),
+        TrainCommand::Grpo(args) => grpo::run(&args),
     }
 }

@@ -8,6 +8,7 @@ use candor_kernels::DeviceError;
 use candor_kernels::cpu::gemm::{MatrixRef, Precision, gemm};
 use candor_kernels::cpu::pool::ThreadPool;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Lanes that sums run in, so that the compiler can vectorise them in a fixed order.
 const LANES: usize = 16;
@@ -122,17 +123,23 @@ fn multiply_tile(left: &[f32], right: &[f32]) -> [[f32; TILE_COLUMNS]; TILE_ROWS
     sums
 }
 
-/// Precision of the large products: bf16 operands twice the speed where the processor has them. Sums, parameters and
-/// all else stay f32. Tests compare with finite differences, which takes f32.
-const PRECISION: Precision = if cfg!(test) { Precision::F32 } else { Precision::Bf16 };
+/// Whether the large products take f32 operands. Tests compare with finite differences, which needs them.
+static EXACT: AtomicBool = AtomicBool::new(cfg!(test));
+
+/// Lets the large products of this process take f32 operands, or bf16: twice the speed where the processor has them.
+/// Sums, parameters and all else are f32 either way.
+pub fn set_exact(exact: bool) {
+    EXACT.store(exact, Ordering::Relaxed);
+}
 
 /// `c = a · b` (or `c += a · b`), contiguous: a `[rows, depth]`, b `[depth, columns]`, c `[rows, columns]`; on the
 /// calling thread.
 pub fn multiply(c: &mut [f32], rows: usize, columns: usize, depth: usize, a: Matrix, b: Matrix, accumulate: bool) {
     static ALONE: LazyLock<ThreadPool> = LazyLock::new(|| ThreadPool::new(Some(1)));
+    let precision = if EXACT.load(Ordering::Relaxed) { Precision::F32 } else { Precision::Bf16 };
     let product = a.strided(rows, depth).and_then(|a| {
         let b = b.strided(depth, columns)?;
-        gemm(&ALONE, a, b, &mut c[..rows * columns], accumulate, PRECISION)
+        gemm(&ALONE, a, b, &mut c[..rows * columns], accumulate, precision)
     });
     // Sizes come from a checked configuration, so this is a mistake in the caller, as an index out of bounds is.
     if let Err(error) = product {
@@ -498,16 +505,27 @@ pub fn embed_backward(width: usize, ids: &[u32], out_gradient: &[f32], table_gra
 pub fn cross_entropy(logits: &mut [f32], target: usize, smoothing: f32, weight: f32) -> f32 {
     let classes = logits.len() as f32;
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f32 = logits.iter().map(|value| (value - top).exp()).sum();
+    let [total] = lane_sums(logits.len(), |i| [exponential(logits[i] - top)]);
     let log_total = total.ln() + top;
-    let mut loss = 0.0;
-    for (i, logit) in logits.iter_mut().enumerate() {
-        let wanted = smoothing / classes + if i == target { 1.0 - smoothing } else { 0.0 };
-        let log_probability = *logit - log_total;
-        loss -= wanted * log_probability;
-        *logit = (log_probability.exp() - wanted) * weight;
+    let mut loss = (smoothing - 1.0) * (logits[target] - log_total);
+    if smoothing > 0.0 {
+        loss -= smoothing / classes * sum(logits.iter().map(|logit| logit - log_total));
     }
+    for logit in logits.iter_mut() {
+        *logit = (exponential(*logit - log_total) - smoothing / classes) * weight;
+    }
+    logits[target] -= (1.0 - smoothing) * weight;
     loss * weight
+}
+
+/// The log-probability of `target` under the softmax of one row of logits, and the entropy of that softmax.
+pub fn log_probability(logits: &[f32], target: usize) -> (f32, f32) {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let [total, along] = lane_sums(logits.len(), |i| {
+        let e = exponential(logits[i] - top);
+        [e, e * (logits[i] - top)]
+    });
+    (logits[target] - top - total.ln(), total.ln() - along / total)
 }
 
 /// Binary cross-entropy of one logit against a target in {0, 1}: the loss and its gradient.

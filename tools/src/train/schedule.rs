@@ -1,8 +1,11 @@
-//! The learning rate over a training's steps: a linear warm-up, then a cosine or a straight line down to zero.
+//! The learning rate over a training's steps: a linear warm-up, then a cosine or a straight line down to zero, or no
+//! way down.
 
 /// Shape of the way down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Decay {
+    /// None.
+    Constant,
     /// Half a cosine.
     Cosine,
     /// A straight line.
@@ -23,7 +26,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Rate of a step, counted from 0; zero from `total` on.
+    /// Rate of a step, counted from 0; zero from `total` on where there is a way down.
     pub fn rate(&self, step: u64) -> f32 {
         if step < self.warm_up {
             return self.peak * (step + 1) as f32 / self.warm_up as f32;
@@ -31,6 +34,7 @@ impl Schedule {
         let length = self.total.saturating_sub(self.warm_up).max(1);
         let progress = ((step - self.warm_up) as f32 / length as f32).min(1.0);
         match self.decay {
+            Decay::Constant => self.peak,
             Decay::Cosine => self.peak * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos()),
             Decay::Linear => self.peak * (1.0 - progress),
         }

@@ -337,6 +337,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
             vocabulary: prompt.vocabulary(),
             theta: 1e4,
             eps: 1e-6,
+            tied: true,
         },
         channels: tower.config().hidden_size,
         grid: tower.grid(),

@@ -246,6 +246,7 @@ fn the_training_forward_pass_is_the_runtimes() {
             vocabulary: prompt.vocabulary(),
             theta: 1e4,
             eps: 1e-6,
+            tied: true,
         },
         channels: tower.config().hidden_size,
         grid: tower.grid(),

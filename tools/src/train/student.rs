@@ -1,11 +1,11 @@
 //! What supervised fine-tuning trains, as one: projector, gate, decoder, and a head that only helps training. From
 //! samples to losses and gradients for one worker's share of a batch.
 
-use super::decoder::{Decoder, DecoderBuffers, DecoderSize, Target};
+use super::decoder::{Decoder, DecoderBuffers, DecoderSize, Gradients, Target, Weights};
 use super::encoder::Affine;
 use super::faces::{CLASSES, CUES};
 use super::features::Standard;
-use super::layers::{Fork, accumulate, fit};
+use super::layers::{Tree, accumulate, fit};
 use super::ops;
 use super::parameters::Plan;
 use super::projector::{Projector, ProjectorBuffers};
@@ -216,7 +216,7 @@ impl std::ops::Add for Losses {
 
 /// Where the parts of each sequence lie.
 struct Layout {
-    forks: Vec<Fork>,
+    trees: Vec<Tree>,
     starts: Vec<usize>,
     rows: usize,
 }
@@ -264,15 +264,14 @@ impl Student {
     }
 
     fn lay_out(&self, prompt: &Prompt, tokens: &[&Tokens], frames: usize) -> Layout {
-        let fork = prompt.before.len() + self.projector.tokens(frames) + prompt.after.len();
-        let mut layout = Layout { forks: vec![], starts: vec![], rows: 0 };
+        let shared = prompt.before.len() + self.projector.tokens(frames) + prompt.after.len();
+        let mut layout = Layout { trees: vec![], starts: vec![], rows: 0 };
         for tokens in tokens {
             // The last token of each continuation is predicted, not read.
-            let second = fork + tokens.full.len() - 1;
-            let rows = second + tokens.fast.len() - 1;
+            let tree = Tree { shared, branches: vec![tokens.full.len() - 1, tokens.fast.len() - 1] };
             layout.starts.push(layout.rows);
-            layout.forks.push(Fork { rows, fork, second });
-            layout.rows += rows;
+            layout.rows += tree.rows();
+            layout.trees.push(tree);
         }
         layout
     }
@@ -282,14 +281,14 @@ impl Student {
         &self,
         prompt: &'a Prompt,
         tokens: &'a Tokens,
-        fork: Fork,
-    ) -> (impl Iterator<Item = (usize, u32)> + 'a, Range<usize>) {
-        let video = prompt.before.len()..fork.fork - prompt.after.len();
+        tree: &Tree,
+    ) -> (impl Iterator<Item = (usize, u32)> + use<'a>, Range<usize>) {
+        let (shared, second) = (tree.shared, tree.start(1));
+        let video = prompt.before.len()..shared - prompt.after.len();
         let before = prompt.before.iter().copied().enumerate();
-        let after =
-            prompt.after.iter().copied().enumerate().map(move |(i, id)| (fork.fork - prompt.after.len() + i, id));
-        let full = tokens.full[..tokens.full.len() - 1].iter().enumerate().map(move |(i, t)| (fork.fork + i, t.0));
-        let fast = tokens.fast[..tokens.fast.len() - 1].iter().enumerate().map(move |(i, t)| (fork.second + i, t.0));
+        let after = prompt.after.iter().copied().enumerate().map(move |(i, id)| (shared - prompt.after.len() + i, id));
+        let full = tokens.full[..tokens.full.len() - 1].iter().enumerate().map(move |(i, t)| (shared + i, t.0));
+        let fast = tokens.fast[..tokens.fast.len() - 1].iter().enumerate().map(move |(i, t)| (second + i, t.0));
         (before.chain(after).chain(full).chain(fast), video)
     }
 
@@ -309,16 +308,16 @@ impl Student {
         let x = fit(&mut buffers.x, layout.rows * width);
         let clip = self.projector.tokens(frames) * width;
         let table = &values[self.decoder.embedding.clone()];
-        for (index, (&fork, &start)) in layout.forks.iter().zip(&layout.starts).enumerate() {
+        for (index, (tree, &start)) in layout.trees.iter().zip(&layout.starts).enumerate() {
             let x = &mut x[start * width..];
-            let (text, video) = self.rows(prompt, share.tokens[index], fork);
+            let (text, video) = self.rows(prompt, share.tokens[index], tree);
             for (row, id) in text {
                 x[row * width..][..width].copy_from_slice(&table[id as usize * width..][..width]);
             }
             let video_tokens = &buffers.projector.tokens()[index * clip..][..clip];
             x[video.start * width..video.end * width].copy_from_slice(video_tokens);
         }
-        self.decoder.forward(values, x, &layout.forks, &mut buffers.decoder);
+        self.decoder.forward(Weights::base(values), x, &layout.trees, &mut buffers.decoder);
         layout
     }
 
@@ -338,8 +337,9 @@ impl Student {
         let layout = self.forward(values, prompt, state, share, buffers);
         let (targets, kinds) = self.targets(&layout, share, prompt, weights);
         let x_gradient = fit(&mut buffers.x_gradient, layout.rows * width);
+        let (weights_of, sums) = (Weights::base(values), Gradients { base: Some(&mut *gradients), low_rank: None });
         let (text, right) =
-            self.decoder.backward(values, gradients, &layout.forks, &targets, &mut buffers.decoder, x_gradient);
+            self.decoder.backward(weights_of, sums, &layout.trees, &targets, &mut buffers.decoder, x_gradient);
         let mut losses = Losses { text, ..Losses::default() };
         for (kind, right) in kinds.iter().zip(right) {
             if let Some(kind) = *kind {
@@ -351,9 +351,9 @@ impl Student {
         let clip = self.projector.tokens(self.size.frames) * width;
         let tokens_gradient = fit(&mut buffers.tokens_gradient, share.clips.len() * clip);
         let table = &mut gradients[self.decoder.embedding.clone()];
-        for (index, (&fork, &start)) in layout.forks.iter().zip(&layout.starts).enumerate() {
+        for (index, (tree, &start)) in layout.trees.iter().zip(&layout.starts).enumerate() {
             let x_gradient = &x_gradient[start * width..];
-            let (text, video) = self.rows(prompt, share.tokens[index], fork);
+            let (text, video) = self.rows(prompt, share.tokens[index], tree);
             for (row, id) in text {
                 accumulate(&mut table[id as usize * width..][..width], &x_gradient[row * width..][..width]);
             }
@@ -377,10 +377,10 @@ impl Student {
         weights: LossWeights,
     ) -> (Vec<Target>, Vec<Option<usize>>) {
         let (mut targets, mut kinds) = (Vec::new(), Vec::new());
-        for ((fork, start), tokens) in layout.forks.iter().zip(&layout.starts).zip(share.tokens) {
+        for ((tree, start), tokens) in layout.trees.iter().zip(&layout.starts).zip(share.tokens) {
             let parts = [
-                (fork.fork, &tokens.full, 1.0 / share.full_weight),
-                (fork.second, &tokens.fast, weights.fast / share.fast_weight),
+                (tree.shared, &tokens.full, 1.0 / share.full_weight),
+                (tree.start(1), &tokens.fast, weights.fast / share.fast_weight),
             ];
             for (kind, (first, tokens, factor)) in parts.into_iter().enumerate() {
                 for (i, &(id, weight)) in tokens.iter().enumerate() {
@@ -453,11 +453,11 @@ impl Student {
     ) -> Vec<Vec<f32>> {
         let layout = self.forward(values, prompt, state, share, buffers);
         let mut out = Vec::new();
-        for ((fork, start), tokens) in layout.forks.iter().zip(&layout.starts).zip(share.tokens) {
-            let full = (0..tokens.full.len()).map(|i| start + fork.fork + i - 1);
-            let fast = (1..tokens.fast.len()).map(|i| start + fork.second + i - 1);
+        for ((tree, start), tokens) in layout.trees.iter().zip(&layout.starts).zip(share.tokens) {
+            let full = (0..tokens.full.len()).map(|i| start + tree.shared + i - 1);
+            let fast = (1..tokens.fast.len()).map(|i| start + tree.start(1) + i - 1);
             let rows: Vec<usize> = full.chain(fast).collect();
-            out.push(self.decoder.logits(values, &rows, &mut buffers.decoder).to_vec());
+            out.push(self.decoder.logits(Weights::base(values), &rows, &mut buffers.decoder).to_vec());
         }
         out
     }
