@@ -3,6 +3,7 @@
 #![allow(clippy::result_large_err)] // candle's errors are large, and none is on a hot path
 
 pub mod data;
+pub mod dataset;
 pub mod eval;
 pub mod eval_verifier;
 pub mod files;

@@ -34,6 +34,15 @@ impl<D: Device> Rows<D> {
         Ok(out)
     }
 
+    /// Takes `values`, `[rows, width]`, in the place of what stood there.
+    pub fn write(&mut self, device: &D, values: &[f32], width: usize) -> Result<(), ModelError> {
+        if width == 0 || !values.len().is_multiple_of(width) {
+            return Err(ModelError::input("rows", format!("{} values are no rows of {width}", values.len())));
+        }
+        self.resize(device, values.len() / width, width)?;
+        Ok(device.write(values, &mut self.buffer, 0)?)
+    }
+
     /// Makes room for `rows · width`; what stood there is lost.
     pub(super) fn resize(&mut self, device: &D, rows: usize, width: usize) -> Result<(), ModelError> {
         grow(device, &mut self.buffer, &[rows, width])?;

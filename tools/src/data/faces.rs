@@ -221,7 +221,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// A faces file as bytes, each tensor of the part `val` replaceable by another.
-    fn file(n: usize, change: &[(&str, Dtype, Vec<usize>, Vec<u8>)], meta: &[(&str, &str)]) -> Vec<u8> {
+    pub(crate) fn file(n: usize, change: &[(&str, Dtype, Vec<usize>, Vec<u8>)], meta: &[(&str, &str)]) -> Vec<u8> {
         let cues: Vec<u8> = (0..n * 9).flat_map(|i| (i as f32 * 0.1 - 1.0).to_le_bytes()).collect();
         let mut tensors = vec![
             ("val.images", Dtype::U8, vec![n, 4, 4], (0..n * 16).map(|i| i as u8).collect::<Vec<u8>>()),
