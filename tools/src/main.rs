@@ -7,6 +7,7 @@ use candor::message::exit_code;
 use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
+use candor_tools::merge::{self, MergeArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -26,6 +27,8 @@ enum Command {
     /// Train a part of the model.
     #[command(subcommand)]
     Train(TrainCommand),
+    /// Fold an adapter into a model's weights.
+    Merge(MergeArgs),
     /// Measure a model on labelled faces.
     Eval(EvalArgs),
     /// Measure a verifier on sentences whose emotions are known.
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Data(command) => data::run(command),
         Command::Train(command) => train::run(command),
+        Command::Merge(args) => merge::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
     };

@@ -28,16 +28,7 @@ impl Stored {
         if !linear || values.len() < SMALLEST {
             return Stored::F16(values.iter().map(|&v| f16::from_f32(v)).collect());
         }
-        let mut bytes = Vec::with_capacity(values.len());
-        let mut scales = Vec::with_capacity(shape[0]);
-        for row in values.chunks_exact(shape[1]) {
-            let largest = row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-            // A row of zeros needs some scale above zero.
-            let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
-            bytes.extend(row.iter().map(|v| (v / scale).round().clamp(-127.0, 127.0) as i8));
-            scales.push(scale);
-        }
-        Stored::I8 { bytes, scales }
+        int8_rows(values, shape[0])
     }
 
     /// The values that a reader gets.
@@ -59,6 +50,20 @@ impl Stored {
         let norm: f64 = values.iter().map(|&v| square(v)).sum();
         if norm > 0.0 { (error / norm).sqrt() } else { 0.0 }
     }
+}
+
+/// A matrix of `rows` rows as bytes with one scale a row.
+pub fn int8_rows(values: &[f32], rows: usize) -> Stored {
+    let mut bytes = Vec::with_capacity(values.len());
+    let mut scales = Vec::with_capacity(rows);
+    for row in values.chunks_exact((values.len() / rows.max(1)).max(1)) {
+        let largest = row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        // A row of zeros needs some scale above zero.
+        let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
+        bytes.extend(row.iter().map(|v| (v / scale).round().clamp(-127.0, 127.0) as i8));
+        scales.push(scale);
+    }
+    Stored::I8 { bytes, scales }
 }
 
 /// `quantization_config` of config.json.

@@ -201,14 +201,7 @@ impl Adapter {
     }
 
     /// Adds a module's factors: a `[rank, in]`, b `[out, rank]`.
-    pub fn insert(
-        &mut self,
-        module: &str,
-        rank: usize,
-        a: &[f32],
-        b: &[f32],
-        scale: f32,
-    ) -> Result<(), AdapterError> {
+    pub fn insert(&mut self, module: &str, rank: usize, a: &[f32], b: &[f32], scale: f32) -> Result<(), AdapterError> {
         let rank = rank.max(1);
         let tensor = |values: &[f32], shape: &[usize]| {
             HostTensor::from_f32(values, shape)
@@ -238,12 +231,7 @@ impl Adapter {
     }
 
     /// The factors beside a linear layer `[outputs, inputs]`.
-    pub(super) fn beside(
-        &self,
-        module: &str,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<Option<&LowRank>, AdapterError> {
+    pub(super) fn beside(&self, module: &str, inputs: usize, outputs: usize) -> Result<Option<&LowRank>, AdapterError> {
         let Some(low_rank) = self.factors.get(module) else { return Ok(None) };
         if (low_rank.a.row_len(), low_rank.b.rows()) != (inputs, outputs) {
             let reason = format!("the layer of {outputs} outputs and {inputs} inputs");

@@ -201,7 +201,12 @@ impl<D: Device> Decoder<D> {
     /// Buffers for `rows` positions at once.
     pub(super) fn work(&self, rows: usize) -> Result<Work<D>, ModelError> {
         let DecoderConfig { width, head_dim, heads, key_heads, mlp, .. } = self.config;
-        let projections = || self.layers.iter().cloned().flat_map(|mut l| l.projections().map(|(_, p)| (p.low_rank.as_ref().map(|l| l.rank), p.outputs)));
+        let projections = || {
+            self.layers
+                .iter()
+                .cloned()
+                .flat_map(|mut l| l.projections().map(|(_, p)| (p.low_rank.as_ref().map(|l| l.rank), p.outputs)))
+        };
         let rank = projections().filter_map(|(rank, _)| rank).max().unwrap_or(0);
         let outputs = projections().filter(|(rank, _)| rank.is_some()).map(|(_, outputs)| outputs).max().unwrap_or(0);
         let of = |width: usize| allocate(&self.device, &[rows, width]);

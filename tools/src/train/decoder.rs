@@ -153,7 +153,15 @@ pub struct Target {
 
 impl Adapted {
     /// x `[rows, inputs]` → out `[rows, outputs]`.
-    fn forward(&self, weights: Weights<'_>, x: &[f32], rows: usize, scale: f32, scratch: &mut LowRankScratch, out: &mut [f32]) {
+    fn forward(
+        &self,
+        weights: Weights<'_>,
+        x: &[f32],
+        rows: usize,
+        scale: f32,
+        scratch: &mut LowRankScratch,
+        out: &mut [f32],
+    ) {
         self.projection.forward(weights.base, x, rows, out);
         let Some(low_rank) = weights.low_rank else { return };
         let (inputs, outputs) = (self.projection.inputs, self.projection.outputs);
@@ -186,7 +194,9 @@ impl Adapted {
     ) {
         let (inputs, outputs) = (self.projection.inputs, self.projection.outputs);
         match &mut gradients.base {
-            Some(base) => self.projection.backward(weights.base, base, x, rows, out_gradient, Some(&mut *x_gradient), false),
+            Some(base) => {
+                self.projection.backward(weights.base, base, x, rows, out_gradient, Some(&mut *x_gradient), false)
+            }
             None => {
                 let weight = Matrix::new(&weights.base[self.projection.weight.clone()], inputs);
                 ops::multiply(x_gradient, rows, inputs, outputs, Matrix::new(out_gradient, outputs), weight, false);
@@ -201,13 +211,45 @@ impl Adapted {
             ops::multiply(inner, rows, rank, inputs, Matrix::new(x, inputs), Matrix::transposed(a, inputs), false);
             inner.iter_mut().for_each(|value| *value *= scale);
             let b_sum = &mut sums[pair.b.clone()];
-            ops::multiply(b_sum, own, rank, rows, Matrix::transposed(out_gradient, outputs), Matrix::new(inner, rank), true);
+            ops::multiply(
+                b_sum,
+                own,
+                rank,
+                rows,
+                Matrix::transposed(out_gradient, outputs),
+                Matrix::new(inner, rank),
+                true,
+            );
             let inner_gradient = fit(&mut scratch.inner_gradient, rows * rank);
-            ops::multiply(inner_gradient, rows, rank, own, Matrix::new(out_gradient, outputs), Matrix::new(b, rank), false);
+            ops::multiply(
+                inner_gradient,
+                rows,
+                rank,
+                own,
+                Matrix::new(out_gradient, outputs),
+                Matrix::new(b, rank),
+                false,
+            );
             inner_gradient.iter_mut().for_each(|value| *value *= scale);
             let a_sum = &mut sums[pair.a.clone()];
-            ops::multiply(a_sum, rank, inputs, rows, Matrix::transposed(inner_gradient, rank), Matrix::new(x, inputs), true);
-            ops::multiply(x_gradient, rows, inputs, rank, Matrix::new(inner_gradient, rank), Matrix::new(a, inputs), true);
+            ops::multiply(
+                a_sum,
+                rank,
+                inputs,
+                rows,
+                Matrix::transposed(inner_gradient, rank),
+                Matrix::new(x, inputs),
+                true,
+            );
+            ops::multiply(
+                x_gradient,
+                rows,
+                inputs,
+                rank,
+                Matrix::new(inner_gradient, rank),
+                Matrix::new(a, inputs),
+                true,
+            );
         }
     }
 }

@@ -407,7 +407,8 @@ impl GroupedAttention {
                 for (row, column, count) in parts.into_iter().filter(|part| part.2 > 0) {
                     let (s, key) = (Matrix::new(&inner[column..], keys), Matrix::new(&qkv[row + k..], stride));
                     ops::multiply_exact(&mut qkv_gradient[first + q..], stride, rows, d, count, s, key, true);
-                    let (s, query) = (Matrix::transposed(&inner[column..], keys), Matrix::new(&qkv[first + q..], stride));
+                    let (s, query) =
+                        (Matrix::transposed(&inner[column..], keys), Matrix::new(&qkv[first + q..], stride));
                     ops::multiply_exact(&mut qkv_gradient[row + k..], stride, count, d, rows, s, query, true);
                 }
             }

@@ -8,9 +8,9 @@ pub mod export;
 pub mod faces;
 pub mod features;
 pub mod gate_text;
-pub mod grpo;
 #[cfg(test)]
 pub(crate) mod gradient_check;
+pub mod grpo;
 pub mod layers;
 pub mod lora;
 pub mod ops;

@@ -82,7 +82,11 @@ impl Policy {
         for entry in base_plan.entries() {
             let tensor = checkpoint.tensor(&entry.name)?;
             let (actual, expected) = (tensor.shape(), entry.shape.as_slice());
-            ensure!(actual == expected, "tensor {} has shape {actual:?}, config.json asks for {expected:?}", entry.name);
+            ensure!(
+                actual == expected,
+                "tensor {} has shape {actual:?}, config.json asks for {expected:?}",
+                entry.name
+            );
             let values = tensor.to_f32();
             ensure!(values.iter().all(|v| v.is_finite()), "tensor {} holds a value that is not finite", entry.name);
             base[entry.range.clone()].copy_from_slice(&values);

@@ -9,8 +9,6 @@ pub mod objective;
 mod report;
 mod samples;
 pub mod settings;
-#[cfg(test)]
-mod tests;
 pub mod worker;
 
 use super::checkpoint;
@@ -73,9 +71,7 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
         objective,
         max_new_tokens,
         order: Order::new(args.seed, data.items.len()),
-        workers: (0..args.threads)
-            .map(|_| Worker::open(args, &manifest, &verifier, &data))
-            .collect::<anyhow::Result<_>>()?,
+        workers: (0..args.threads).map(|_| Worker::open(args, &manifest, &verifier)).collect::<anyhow::Result<_>>()?,
         gradients: vec![vec![0.0; policy.plan().len()]; args.threads],
         data,
         cache,
@@ -115,7 +111,10 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     write_result(args, &policy)?;
     samples::write(&mut run, &policy, &args.out.join(samples::AFTER))?;
     report::write(&args.out, &log, args)?;
-    log.say(&format!("wrote {} and report.html", args.out.join(if args.full { "model" } else { WEIGHTS_FILE }).display()));
+    log.say(&format!(
+        "wrote {} and report.html",
+        args.out.join(if args.full { "model" } else { WEIGHTS_FILE }).display()
+    ));
     Ok(())
 }
 
@@ -172,14 +171,7 @@ impl Run<'_> {
         let totals: Vec<Vec<f32>> = shares.iter().flatten().map(|group| group.totals.clone()).collect();
         let weighed = advantages(&totals, args.scale);
         let counted = |group: &Group| !(args.drop_flat && is_flat(&group.totals));
-        let kept = |group: &Group| -> Vec<usize> {
-            (0..group.rollouts.len()).filter(|&i| counted(group) && group.counts(i, &objective)).collect()
-        };
-        let groups = || shares.iter().flatten();
-        let counts = Counts {
-            completions: groups().map(|group| kept(group).len()).sum(),
-            tokens: groups().flat_map(|group| kept(group).into_iter().map(|i| group.rollouts[i].tokens.len())).sum(),
-        };
+        let counts = Counts::of(shares.iter().flatten().filter(|group| counted(group)), &objective);
         let mut line = self.measure(&shares, &totals);
         let learning = Instant::now();
         let (mut sums, mut norm) = (Sums::default(), 0.0);
@@ -195,7 +187,10 @@ impl Run<'_> {
                     })
                     .collect();
                 let policy = &*policy;
-                let learn = |(((worker, gradients), share), start): (((&mut Worker, &mut Vec<f32>), &mut Vec<Group>), usize)| {
+                let learn = |(((worker, gradients), share), start): (
+                    ((&mut Worker, &mut Vec<f32>), &mut Vec<Group>),
+                    usize,
+                )| {
                     let mut sums = Sums::default();
                     for (index, group) in share.iter_mut().enumerate().filter(|(_, group)| counted(group)) {
                         let advantages = &weighed[start + index];
@@ -273,9 +268,8 @@ impl Run<'_> {
 }
 
 fn summary(line: &Map<String, Value>) -> String {
-    let part = |(key, short): (&str, &str)| {
-        line.get(key).and_then(Value::as_f64).map(|value| format!("{short} {value:.3}"))
-    };
+    let part =
+        |(key, short): (&str, &str)| line.get(key).and_then(Value::as_f64).map(|value| format!("{short} {value:.3}"));
     let parts = [
         ("reward", "reward"),
         ("format", "format"),

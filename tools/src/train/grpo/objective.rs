@@ -192,7 +192,10 @@ mod tests {
     fn clipping_is_asymmetric() {
         let objective = Objective { clip_low: 0.2, clip_high: 0.28, ..PLAIN };
         // Ratio 1: the loss is -A, and so is its slope.
-        assert_eq!(objective.token(token(-1.0, -1.0), 2.0), TokenLoss { loss: -2.0, slope: -2.0, ..Default::default() });
+        assert_eq!(
+            objective.token(token(-1.0, -1.0), 2.0),
+            TokenLoss { loss: -2.0, slope: -2.0, ..Default::default() }
+        );
         // Ratio 1.25 is within 1.28.
         let inside = objective.token(token(1.25f32.ln() - 3.0, -3.0), 2.0);
         close(inside.loss, -2.5);

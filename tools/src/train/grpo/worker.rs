@@ -13,7 +13,7 @@ use candor::text::{ChatTemplate, PromptPiece, Tokenizer};
 use candor::verify::Verifier;
 use candor_kernels::cpu::CpuDevice;
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Sequences that a thread continues side by side, about.
 const SLOTS: usize = 64;
@@ -29,7 +29,7 @@ pub struct Worker {
     model: Model<CpuDevice>,
     features: Rows<CpuDevice>,
     video: Rows<CpuDevice>,
-    extractor: Extractor,
+    folder: PathBuf,
     tokenizer: Tokenizer,
     gate_tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -101,15 +101,28 @@ impl Sums {
 /// What the losses of a step are divided by.
 #[derive(Clone, Copy, Debug)]
 pub struct Counts {
-    /// Completions that count.
+    /// Completions, those left out for their length included.
     pub completions: usize,
-    /// Their tokens.
+    /// Tokens that are trained on.
     pub tokens: usize,
+}
+
+impl Counts {
+    /// Those of some groups.
+    pub fn of<'a>(groups: impl Iterator<Item = &'a Group>, objective: &Objective) -> Counts {
+        let mut counts = Counts { completions: 0, tokens: 0 };
+        for group in groups {
+            counts.completions += group.rollouts.len();
+            let kept = group.rollouts.iter().enumerate().filter(|(i, _)| group.counts(*i, objective));
+            counts.tokens += kept.map(|(_, one)| one.tokens.len()).sum::<usize>();
+        }
+        counts
+    }
 }
 
 impl Worker {
     /// Opens the model and its verifier for one thread; the weights are mapped, so that threads share them.
-    pub fn open(args: &GrpoArgs, manifest: &Manifest, verifier: &Path, data: &Dataset) -> anyhow::Result<Worker> {
+    pub fn open(args: &GrpoArgs, manifest: &Manifest, verifier: &Path) -> anyhow::Result<Worker> {
         let device = CpuDevice::new(Some(1));
         let model = Model::open(&args.model, device.clone())?;
         let tokenizer = Tokenizer::open(&args.model)?;
@@ -121,7 +134,7 @@ impl Worker {
         Ok(Worker {
             features: model.rows()?,
             video: model.rows()?,
-            extractor: Extractor::open(&args.model, data.faces.clone())?,
+            folder: args.model.clone(),
             template: ChatTemplate::open(&args.model, &tokenizer)?,
             gate_tokenizer: Tokenizer::open(&gate_folder)?,
             own_instruction: manifest.model.instruction.clone(),
@@ -145,7 +158,12 @@ impl Worker {
     }
 
     /// Puts the video tokens of an item into `self.video` and gives the prompt's parts.
-    fn prompt(&mut self, item: &Item, cache: &FeatureCache) -> anyhow::Result<Vec<PromptPart>> {
+    fn prompt(
+        &mut self,
+        item: &Item,
+        cache: &FeatureCache,
+        extractor: &mut Extractor,
+    ) -> anyhow::Result<Vec<PromptPart>> {
         let text = item.prompt.as_ref().unwrap_or(&self.own_instruction);
         if !self.instructions.contains_key(text) {
             let ids = self.gate_tokenizer.encode_sequence(text, self.model.config().bert.positions)?;
@@ -154,7 +172,7 @@ impl Worker {
             self.instructions.insert(text.clone(), Instruction { pieces, gate });
         }
         let instruction = &self.instructions[text];
-        let features = cache.get(&mut self.extractor, &item.media)?;
+        let features = cache.get(extractor, &item.media)?;
         let width = self.model.config().vision.width;
         let device = self.model.device().clone();
         self.features.write(&device, &features.every_frame(), width)?;
@@ -186,11 +204,15 @@ impl Worker {
             end_of_turn: self.tokenizer.end_of_turn()?,
         };
         let weights = args.weights();
+        // For features that are not in the cache after all. It has to stay on one thread, which the workers need not.
+        let mut extractor = Extractor::open(&self.folder, data.faces.clone())?;
         let mut groups = Vec::with_capacity(items.len());
         for items in items.chunks((SLOTS / args.group).max(1)) {
             let prompts: Vec<Vec<PromptPart>> = items
                 .iter()
-                .map(|&item| self.prompt(&data.items[item], cache).with_context(|| describe(data, item)))
+                .map(|&item| {
+                    self.prompt(&data.items[item], cache, &mut extractor).with_context(|| describe(data, item))
+                })
                 .collect::<anyhow::Result<_>>()?;
             let drawn = self.continue_all(settings, items, &prompts, &seed)?;
             for ((&item, prompt), rollouts) in items.iter().zip(prompts).zip(drawn) {
@@ -366,4 +388,3 @@ fn describe(data: &Dataset, item: usize) -> String {
     let item = &data.items[item];
     format!("entry {} ({})", item.line, item.id)
 }
-
