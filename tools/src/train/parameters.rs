@@ -88,6 +88,11 @@ impl Plan {
         range
     }
 
+    /// Lets a tensor decay.
+    pub fn decay(&mut self, name: &str) {
+        self.entries.iter_mut().filter(|entry| entry.name == name).for_each(|entry| entry.treatment.decay = true);
+    }
+
     /// Elements of all tensors.
     pub fn len(&self) -> usize {
         self.len

@@ -78,6 +78,8 @@ impl Policy {
     ) -> anyhow::Result<Self> {
         let mut base_plan = Plan::default();
         let mut decoder = Decoder::new(&mut base_plan, size, positions);
+        // As transformers' trainer has it: all but norms and biases decay.
+        base_plan.decay("model.embed_tokens.weight");
         let mut base = vec![0.0; base_plan.len()];
         for entry in base_plan.entries() {
             let tensor = checkpoint.tensor(&entry.name)?;

@@ -9,6 +9,8 @@ pub mod objective;
 mod report;
 mod samples;
 pub mod settings;
+#[cfg(test)]
+mod tests;
 pub mod worker;
 
 use super::checkpoint;
