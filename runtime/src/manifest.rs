@@ -312,7 +312,7 @@ impl Manifest {
     /// Name, version and [`Manifest::identity`], as observations state them.
     pub fn identity_record(&self) -> Result<Identity, ManifestError> {
         let ModelSection { name, version, .. } = &self.model;
-        Ok(Identity { name: name.clone(), version: version.clone(), sha256: self.identity()? })
+        Ok(Identity { name: name.clone(), version: version.clone(), sha256: self.identity()?, adapter: None })
     }
 
     /// Holds every file in the folder against `[files]`.

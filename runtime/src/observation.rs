@@ -179,6 +179,9 @@ pub struct Identity {
     pub version: String,
     /// sha256 over its files.
     pub sha256: String,
+    /// sha256 of the adapter's weights, where one stands beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
 }
 
 /// Tokens of a window.
@@ -259,7 +262,8 @@ mod tests {
 
     fn observation() -> Observation {
         let labels = ["happy".to_string(), "sad".to_string()];
-        let identity = |name: &str| Identity { name: name.into(), version: "1".into(), sha256: "0f".repeat(32) };
+        let identity =
+            |name: &str| Identity { name: name.into(), version: "1".into(), sha256: "0f".repeat(32), adapter: None };
         Observation {
             version: VERSION,
             source: "clip.mp4".into(),

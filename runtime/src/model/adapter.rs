@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candor_kernels::HostTensor;
 use candor_kernels::tensor::TensorError;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::weights::{Checkpoint, WeightsError, read_text};
 
@@ -155,6 +156,8 @@ fn shape_error(from: &str, module: &str, a: &HostTensor, b: &HostTensor, reason:
 #[derive(Clone, Debug, Default)]
 pub struct Adapter {
     from: String,
+    /// sha256 of the weights' file; empty in memory.
+    digest: String,
     factors: BTreeMap<String, LowRank>,
     replaced: BTreeMap<String, HostTensor>,
 }
@@ -192,7 +195,8 @@ impl Adapter {
             }
             factors.insert(module, low_rank);
         }
-        Ok(Adapter { from, factors, replaced: BTreeMap::new() })
+        let digest = sha256(&file)?;
+        Ok(Adapter { from, digest, factors, replaced: BTreeMap::new() })
     }
 
     /// No factors yet, for a trainer that keeps them in memory; `from` stands in errors.
@@ -218,6 +222,11 @@ impl Adapter {
             .map_err(|source| AdapterError::Tensor { module: name.to_owned(), source })?;
         self.replaced.insert(name.to_owned(), tensor);
         Ok(())
+    }
+
+    /// sha256 of the file of its weights, in lower-case hexadecimal; empty where it was never in a file.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 
     /// Where it comes from, for messages.
@@ -252,6 +261,11 @@ impl Adapter {
             None => Ok(()),
         }
     }
+}
+
+fn sha256(file: &Path) -> Result<String, AdapterError> {
+    let bytes = std::fs::read(file).map_err(|source| WeightsError::Io { file: file.to_owned(), source })?;
+    Ok(Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What adapter_config.json decides.

@@ -11,7 +11,7 @@ use crate::media::face::{FaceDetector, FaceError, WindowFace};
 use crate::media::resize::{PixelLayout, Preprocess, PreprocessError};
 use crate::media::sampling::SettingsError;
 use crate::media::{FaceCrop, Fit, Frame, Window, WindowSettings};
-use crate::model::{LanguageModel, Model, ModelError, Piece, Rows, Session};
+use crate::model::{Adapter, LanguageModel, Model, ModelError, Piece, Rows, Session};
 use crate::observation::{
     Face, Identity, Observation, PolicyRecord, Probabilities, Span, StageTimes, Times, Tokens, VERSION, WindowSpan,
 };
@@ -184,6 +184,16 @@ impl<D: Device> Watcher<D> {
             verifier,
             manifest,
         })
+    }
+
+    /// Puts an adapter beside the model's decoder: a PEFT folder, or that of a reward fine-tuning run. Observations name
+    /// it from now on.
+    pub fn adapt(&mut self, folder: &Path) -> Result<(), WatchError> {
+        let adapter = Adapter::open(folder).map_err(ModelError::from)?;
+        self.model.adapt(Some(&adapter))?;
+        self.session = self.model.session(self.session.capacity())?;
+        self.identity.adapter = Some(adapter.digest().to_owned());
+        Ok(())
     }
 
     /// The model's manifest.

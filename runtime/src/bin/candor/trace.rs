@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use candor::message::say;
 use candor::model::trace::{Output, Values, trace_classifier, trace_model};
-use candor::model::{Classifier, Model};
+use candor::model::{Adapter, Classifier, Model};
 use candor::weights::Checkpoint;
 use candor_kernels::cpu::CpuDevice;
 use clap::Args;
@@ -26,6 +26,9 @@ pub(crate) struct Trace {
     /// Verifier folder: classifies in.ids and writes out.logits.
     #[arg(long)]
     verifier: Option<PathBuf>,
+    /// Adapter beside the model (PEFT folder).
+    #[arg(long, requires = "model")]
+    adapter: Option<PathBuf>,
     /// Safetensors file with the inputs.
     #[arg(long)]
     inputs: PathBuf,
@@ -47,6 +50,9 @@ pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
     if let Some(folder) = &args.model {
         let start = Instant::now();
         let mut model = Model::open(folder, device.clone())?;
+        if let Some(adapter) = &args.adapter {
+            model.adapt(Some(&Adapter::open(adapter)?))?;
+        }
         let opened = start.elapsed().as_secs_f64() * 1e3;
         say(format_args!("opened in {opened:.1} ms, {} MB mapped; {}", model.mapped_bytes() / 1_000_000, resident()))?;
         let start = Instant::now();

@@ -31,6 +31,9 @@ pub(crate) struct WatchArgs {
     /// Folder of the verifier; else the one that the model names, else as --model with default-verifier.
     #[arg(long, value_name = "DIR")]
     verifier: Option<PathBuf>,
+    /// Adapter beside the model: a PEFT folder, or that of a reward fine-tuning run.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Print a JSON line for each window (docs/observation.schema.json).
     #[arg(long)]
     json: bool,
@@ -70,6 +73,9 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let settings = WatchSettings { policy: args.policy, sampling, fit: None };
     let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
+    if let Some(adapter) = &args.adapter {
+        watcher.adapt(adapter)?;
+    }
     let windows = watcher.windows(args.window, args.step)?;
     let mut source = Source::open(&args.source, SourceOptions::default())?;
     source.stop_with(Arc::clone(&stop));

@@ -177,7 +177,8 @@ mod tests {
         let labels = LABELS.map(str::to_string);
         let share = index as f64 / 16.0;
         let after = [0.02, 0.02, 0.06, 0.85 * share, 0.04, 0.85 * (1.0 - share), 0.01];
-        let identity = |name: &str| Identity { name: name.into(), version: "1".into(), sha256: "0f".repeat(32) };
+        let identity =
+            |name: &str| Identity { name: name.into(), version: "1".into(), sha256: "0f".repeat(32), adapter: None };
         let sentence =
             |text: &str, label: GoEmotion, supports| Sentence { text: text.to_string(), labels: vec![label], supports };
         Observation {
@@ -249,7 +250,8 @@ mod tests {
         seen.sentences[0].text = hostile.into();
         seen.policy.name = hostile.into();
         for identity in [&mut seen.model, &mut seen.verifier] {
-            *identity = Identity { name: hostile.into(), version: hostile.into(), sha256: hostile.into() };
+            *identity =
+                Identity { name: hostile.into(), version: hostile.into(), sha256: hostile.into(), adapter: None };
         }
         let folder = tempfile::tempdir().unwrap();
         let mut report = Report::create(folder.path().join("page.html")).unwrap();
