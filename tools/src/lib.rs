@@ -7,6 +7,7 @@ pub mod dataset;
 pub mod eval;
 pub mod eval_verifier;
 pub mod files;
+pub mod http;
 pub mod merge;
 pub mod quantise;
 pub mod reward;

@@ -92,7 +92,38 @@ impl<D: Device> VisionTower<D> {
         self.forward_host(device, frames.len(), out)
     }
 
+    /// The frames in `self.host`, channels last. Frames that are equal (a still, a clip shorter than the window) are
+    /// computed once.
     fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
+        let frame = self.host.len() / frames;
+        let same = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
+        let mut distinct: Vec<usize> = Vec::with_capacity(frames);
+        let mut place = Vec::with_capacity(frames);
+        for i in 0..frames {
+            place.push(distinct.iter().position(|&j| same(i, j)).unwrap_or_else(|| {
+                distinct.push(i);
+                distinct.len() - 1
+            }));
+        }
+        if distinct.len() == frames {
+            return self.encode(device, frames, out);
+        }
+        for (to, &from) in distinct.iter().enumerate() {
+            self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
+        }
+        self.host.truncate(distinct.len() * frame);
+        let mut own = Rows::empty(device)?;
+        self.encode(device, distinct.len(), &mut own)?;
+        let (patches, width) = (self.config.patches(), self.config.width);
+        out.resize(device, frames * patches, width)?;
+        let size = patches * width;
+        for (to, from) in place.into_iter().enumerate() {
+            device.copy(&own.buffer, from * size, &mut out.buffer, to * size, size)?;
+        }
+        Ok(())
+    }
+
+    fn encode(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
         let VisionConfig { width, image, patch, .. } = self.config;
         let patches = self.config.patches();
         let unfold = Unfold {

@@ -9,20 +9,25 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::seq::{IndexedRandom, SliceRandom};
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::faces::Faces;
+use super::hasty;
 use super::rationale::{self, Bank, Claim, Emotion};
 use super::tokenizer;
 
 /// The question the default model is asked. Short, since every training sequence carries it.
 pub const INSTRUCTION: &str = "Which emotion does the face show, and why?";
 
-/// Share of the noisy part whose rationale names a wrong emotion, as in real caption data.
+/// Share of the noisy part whose rationale names a wrong emotion, see [`hasty`].
 const WRONG_SHARE: f64 = 1.0 / 3.0;
+
+/// Part of the faces file that models are measured on.
+const VALIDATION: &str = "val";
 
 /// How often each sentence that is said as it stands is among the verifier's.
 const FIXED_TIMES: usize = 8;
@@ -114,6 +119,23 @@ pub fn run(args: &FacesArgs) -> anyhow::Result<()> {
         write_lines(&path, lines)?;
     }
 
+    let prompts = |part: &str, faces: &Faces| {
+        let name = args.faces.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let lines = faces.labels.iter().enumerate().map(|(row, &label)| {
+            serde_json::to_string(
+                &json!({"video": format!("{name}#{part}/{row}"), "solution": faces.classes[usize::from(label)]}),
+            )
+        });
+        write_lines(&args.out.join(format!("prompts-{part}.jsonl")), lines.collect::<Vec<_>>())
+    };
+    prompts(&args.part, &faces)?;
+    // Those to measure with, where the file has them.
+    if args.part != VALIDATION
+        && let Ok(validation) = Faces::open(&args.faces, VALIDATION)
+    {
+        prompts(VALIDATION, &validation)?;
+    }
+
     let answers = faces.classes.iter().map(|label| completion("", label));
     let texts: Vec<String> = clean
         .iter()
@@ -155,25 +177,21 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
     let name = if noisy { "noisy" } else { "clean" };
     let bar = progress(faces.len() as u64, &format!("{name} rationales"));
     let mut samples = Vec::with_capacity(faces.len() * args.variants);
+    let hasty = match noisy {
+        true => hasty::readings(&faces.labels, faces.classes.len(), &faces.cues, WRONG_SHARE),
+        false => vec![None; faces.len()],
+    };
     for still in 0..faces.len() {
         for variant in 0..args.variants {
             // A stream of its own for every rationale: the order and number of others do not change it.
             let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
             rng.set_stream(((still * args.variants + variant) * 2 + usize::from(noisy)) as u64);
-            let truth = emotions[usize::from(faces.labels[still])];
-            let named = if noisy && rng.random_bool(WRONG_SHARE) {
-                let known: Vec<Emotion> =
-                    truth.confused_with().iter().copied().filter(|e| emotions.contains(e)).collect();
-                known.choose(&mut rng).copied().unwrap_or(truth)
-            } else {
-                truth
-            };
-            let named_label = emotions.iter().position(|&e| e == named).unwrap_or(usize::from(faces.labels[still]));
+            let named = hasty[still].unwrap_or(usize::from(faces.labels[still]));
             samples.push(Sample {
                 still,
                 label: faces.label(still).to_string(),
-                named: if named == truth { faces.label(still).into() } else { faces.classes[named_label].clone() },
-                rationale: rationale::rationale(&mut rng, Bank::Train, faces.cues[still].as_ref(), named),
+                named: faces.classes[named].clone(),
+                rationale: rationale::rationale(&mut rng, Bank::Train, faces.cues[still].as_ref(), emotions[named]),
                 // Within 2^53, so that every JSON reader keeps it whole.
                 jitter_seed: rng.random::<u64>() >> 11,
             });

@@ -2,6 +2,7 @@
 
 pub mod cold_start;
 pub mod faces;
+pub mod hasty;
 pub mod rationale;
 pub mod tokenizer;
 

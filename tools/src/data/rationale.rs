@@ -140,19 +140,6 @@ impl Emotion {
             Emotion::Surprise => 26,
         }
     }
-
-    /// What people take it for when they err: the wrong emotions that a noisy rationale names.
-    pub fn confused_with(self) -> &'static [Emotion] {
-        match self {
-            Emotion::Anger => &[Emotion::Disgust, Emotion::Sadness, Emotion::Neutral],
-            Emotion::Disgust => &[Emotion::Anger, Emotion::Sadness],
-            Emotion::Fear => &[Emotion::Surprise, Emotion::Sadness, Emotion::Anger],
-            Emotion::Joy => &[Emotion::Neutral, Emotion::Surprise],
-            Emotion::Neutral => &[Emotion::Sadness, Emotion::Anger, Emotion::Joy],
-            Emotion::Sadness => &[Emotion::Neutral, Emotion::Fear, Emotion::Anger],
-            Emotion::Surprise => &[Emotion::Fear, Emotion::Joy],
-        }
-    }
 }
 
 /// Which wordings to use.
@@ -1085,8 +1072,5 @@ mod tests {
             assert_eq!(Emotion::from_label(label), Some(emotion));
         }
         assert_eq!(Emotion::from_label("bored"), None);
-        for emotion in Emotion::ALL {
-            assert!(!emotion.confused_with().contains(&emotion));
-        }
     }
 }

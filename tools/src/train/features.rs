@@ -7,10 +7,12 @@ use super::tower::{Geometry, Tower, TowerConfig, Worker, only_safetensors};
 use crate::files;
 use crate::quantise::Stored;
 use anyhow::{Context, ensure};
+use candor::weights::Checkpoint;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -25,6 +27,9 @@ const STRETCH: usize = 1024;
 /// Photographs whose features give mean and spread.
 const SURVEYED: usize = 2048;
 
+/// What names of the tower's tensors start with in a whole model.
+const IN_A_MODEL: &str = "model.vision_tower.vision_tower.";
+
 /// A tower that stays as it is, rounded to what the model folder will hold.
 pub struct FrozenTower {
     tower: Tower,
@@ -35,20 +40,24 @@ pub struct FrozenTower {
 
 impl FrozenTower {
     /// Opens a folder with config.json and model.safetensors (or one other .safetensors file) in SiglipVisionModel's
-    /// layout and keeps its first `layers` layers, all of them by default.
+    /// layout, or that of a whole model, and keeps the tower's first `layers` layers, all of them by default.
     pub fn open(folder: &Path, layers: Option<usize>) -> anyhow::Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-        let config: TowerConfig = serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
+        let mut config: Value = serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
+        let whole_model = config.get_mut("vision_config").map(Value::take);
+        let prefix = if whole_model.is_some() { IN_A_MODEL } else { "" };
+        let config: TowerConfig =
+            serde_json::from_value(whole_model.unwrap_or(config)).with_context(|| format!("{}", path.display()))?;
         let layers = layers.unwrap_or(config.num_hidden_layers);
         let side = config.image_size;
         let tower = Tower::new(config, layers, 1.0).with_context(|| format!("{}", path.display()))?;
-        let weights = match folder.join("model.safetensors") {
-            path if path.is_file() => path,
-            _ => only_safetensors(folder)?,
+        let checkpoint = match folder.join("model.safetensors") {
+            path if path.is_file() => Checkpoint::open_file(&path)?,
+            _ => Checkpoint::open_file(&only_safetensors(folder)?)?,
         };
         let mut values = vec![0.0; tower.plan.len()];
-        tower.plan.load(&weights, &mut values, |name| exported(name).then(|| name.to_owned()))?;
+        tower.plan.fill(&checkpoint, &mut values, |name| exported(name).then(|| format!("{prefix}{name}")))?;
         let mut hash = Sha256::new();
         for entry in tower.plan.entries().iter().filter(|entry| exported(&entry.name)) {
             let own = &mut values[entry.range.clone()];

@@ -2,6 +2,7 @@
 //! optimiser state use the same plan, so that they are slices too.
 
 use candle_core::{DType, Device, Tensor};
+use candor::weights::Checkpoint;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -149,6 +150,30 @@ impl Plan {
                 return Err(ParameterError::NotFinite { path: path.into(), name });
             }
             values[entry.range.clone()].copy_from_slice(&flat);
+        }
+        Ok(())
+    }
+
+    /// As [`Plan::load`], from a checkpoint of any of the types that weights are stored in.
+    pub fn fill(
+        &self,
+        checkpoint: &Checkpoint,
+        values: &mut [f32],
+        wanted: impl Fn(&str) -> Option<String>,
+    ) -> anyhow::Result<()> {
+        for entry in &self.entries {
+            let Some(name) = wanted(&entry.name) else { continue };
+            let tensor = checkpoint.tensor(&name)?;
+            let path = || checkpoint.file_of(&name).to_path_buf();
+            if tensor.shape() != entry.shape {
+                let (expected, actual) = (entry.shape.clone(), tensor.shape().to_vec());
+                return Err(ParameterError::Shape { path: path(), name, expected, actual }.into());
+            }
+            let own = tensor.to_f32();
+            if !own.iter().all(|value| value.is_finite()) {
+                return Err(ParameterError::NotFinite { path: path(), name }.into());
+            }
+            values[entry.range.clone()].copy_from_slice(&own);
         }
         Ok(())
     }

@@ -53,7 +53,7 @@ pub struct Policy {
 }
 
 /// The trainer's sizes of a decoder.
-fn size_of(config: &DecoderConfig) -> DecoderSize {
+pub(super) fn size_of(config: &DecoderConfig) -> DecoderSize {
     let DecoderConfig { width, layers, heads, key_heads, head_dim, mlp, vocabulary, theta, eps, tied, .. } = *config;
     DecoderSize { width, layers, heads, key_heads, head_dim, hidden: mlp, vocabulary, theta, eps, tied }
 }
@@ -81,18 +81,7 @@ impl Policy {
         // As transformers' trainer has it: all but norms and biases decay.
         base_plan.decay("model.embed_tokens.weight");
         let mut base = vec![0.0; base_plan.len()];
-        for entry in base_plan.entries() {
-            let tensor = checkpoint.tensor(&entry.name)?;
-            let (actual, expected) = (tensor.shape(), entry.shape.as_slice());
-            ensure!(
-                actual == expected,
-                "tensor {} has shape {actual:?}, config.json asks for {expected:?}",
-                entry.name
-            );
-            let values = tensor.to_f32();
-            ensure!(values.iter().all(|v| v.is_finite()), "tensor {} holds a value that is not finite", entry.name);
-            base[entry.range.clone()].copy_from_slice(&values);
-        }
+        base_plan.fill(checkpoint, &mut base, |name| Some(name.to_owned()))?;
         let mut factors = Vec::new();
         if let Some(settings) = lora {
             decoder = decoder.with_lora(settings);

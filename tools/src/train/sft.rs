@@ -56,7 +56,8 @@ pub struct SftArgs {
     /// Folder that `candor-tools data faces` wrote.
     #[arg(long)]
     pub data: PathBuf,
-    /// Folder of the tuned tower: config.json and model.safetensors in SiglipVisionModel's layout.
+    /// Folder of the tuned tower, config.json and model.safetensors in SiglipVisionModel's layout; or that of a model,
+    /// to train behind the tower that it has.
     #[arg(long)]
     pub tower: PathBuf,
     /// Folder of the run; the model ends up in its `model`. A run cut off goes on from its last checkpoint.

@@ -48,10 +48,10 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     let manifest = Manifest::open(&args.model)?;
     let max_new_tokens = args.max_new_tokens(&manifest);
     let objective = args.objective(max_new_tokens);
-    if args.plan {
-        return memory::print(args, max_new_tokens);
-    }
     let verifier = args.verifier.clone().or(manifest.verifier_folder());
+    if args.plan {
+        return memory::print(args, max_new_tokens, verifier.as_deref());
+    }
     let verifier = verifier.context("the model names no verifier; give one with --verifier")?;
     let mut data = Dataset::open(&args.data, args.media_root.as_deref(), args.skip_bad)?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
@@ -112,6 +112,11 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     }
     write_result(args, &policy)?;
     samples::write(&mut run, &policy, &args.out.join(samples::AFTER))?;
+    let planned: usize =
+        memory::parts(&memory::shapes(args, max_new_tokens, Some(&verifier))?).iter().map(|p| p.1).sum();
+    if let Some(peak) = memory::peak() {
+        log.say(&format!("peak memory {} MB, planned {} MB", peak / 1_000_000, planned / 1_000_000));
+    }
     report::write(&args.out, &log, args)?;
     log.say(&format!(
         "wrote {} and report.html",
@@ -189,10 +194,8 @@ impl Run<'_> {
                     })
                     .collect();
                 let policy = &*policy;
-                let learn = |(((worker, gradients), share), start): (
-                    ((&mut Worker, &mut Vec<f32>), &mut Vec<Group>),
-                    usize,
-                )| {
+                type Part<'a> = (((&'a mut Worker, &'a mut Vec<f32>), &'a mut Vec<Group>), usize);
+                let learn = |(((worker, gradients), share), start): Part<'_>| {
                     let mut sums = Sums::default();
                     for (index, group) in share.iter_mut().enumerate().filter(|(_, group)| counted(group)) {
                         let advantages = &weighed[start + index];

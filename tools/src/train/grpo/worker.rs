@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// Sequences that a thread continues side by side, about.
-const SLOTS: usize = 64;
+pub(super) const SLOTS: usize = 64;
 
 /// A prompt's text and the gate's weights for it.
 struct Instruction {
