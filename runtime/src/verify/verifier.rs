@@ -12,8 +12,9 @@ use crate::model::{Classifier, ModelError};
 use crate::observation::Identity;
 use crate::text::{Tokenizer, TokenizerError};
 
-/// Sentences whose reading is remembered. A watched stream repeats itself, and a guided rationale is read twice.
-const REMEMBERED: usize = 1024;
+/// Sentences whose reading is remembered, some 2 MB. A watched stream repeats itself, a guided rationale is read twice, and
+/// what a model says in training or evaluation is for the most part what it has said before.
+const REMEMBERED: usize = 8192;
 
 /// A verifier opened from its folder.
 pub struct Verifier<D: Device> {
