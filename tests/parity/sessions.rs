@@ -134,3 +134,27 @@ fn bytes_and_normalised_pixels_give_the_same_features() {
     let host = |rows: &candor::model::Rows<CpuDevice>| rows.to_host(model.device()).expect("read");
     assert_eq!(host(&from_bytes), host(&from_planes));
 }
+
+#[test]
+fn equal_frames_have_the_features_that_each_has_alone() {
+    let mut model = open();
+    let frame = |name: &str| uniform(name, 3 * 34 * 34).map(|v| v as f32).collect::<Vec<f32>>();
+    let (a, b, c) = (frame("a"), frame("b"), frame("c"));
+    let host = |model: &mut Model<CpuDevice>, frames: &[&Vec<f32>]| {
+        let mut rows = model.rows().expect("a buffer");
+        model
+            .vision_features(&frames.iter().copied().flatten().copied().collect::<Vec<f32>>(), &mut rows)
+            .expect("frames");
+        rows.to_host(model.device()).expect("read")
+    };
+    let [alone_a, alone_b, alone_c] = [&a, &b, &c].map(|frame| host(&mut model, &[frame]));
+    for _ in 0..2 {
+        let together = host(&mut model, &[&b, &a, &b, &c, &a]);
+        let expected = [&*alone_b, &*alone_a, &*alone_b, &*alone_c, &*alone_a].concat();
+        assert!(relative_error(&together, &expected) < CLOSE);
+        let size = alone_a.len();
+        let place = |i: usize| &together[i * size..][..size];
+        assert!(place(0) == place(2) && place(1) == place(4) && place(0) != place(1) && place(1) != place(3));
+    }
+    assert_eq!(host(&mut model, &[&c; 4]), alone_c.repeat(4));
+}

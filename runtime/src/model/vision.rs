@@ -30,6 +30,8 @@ pub struct VisionTower<D: Device> {
     host: Vec<f32>,
     pixels: D::Buffer,
     columns: D::Buffer,
+    /// States of the frames that differ, where others are their equals.
+    distinct: Rows<D>,
 }
 
 impl<D: Device> VisionTower<D> {
@@ -58,6 +60,7 @@ impl<D: Device> VisionTower<D> {
             host: Vec::new(),
             pixels,
             columns,
+            distinct: Rows::empty(device)?,
         })
     }
 
@@ -96,15 +99,9 @@ impl<D: Device> VisionTower<D> {
     /// computed once.
     fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
         let frame = self.host.len() / frames;
-        let same = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
-        let mut distinct: Vec<usize> = Vec::with_capacity(frames);
-        let mut place = Vec::with_capacity(frames);
-        for i in 0..frames {
-            place.push(distinct.iter().position(|&j| same(i, j)).unwrap_or_else(|| {
-                distinct.push(i);
-                distinct.len() - 1
-            }));
-        }
+        let equal = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
+        let first: Vec<usize> = (0..frames).map(|i| (0..i).find(|&j| equal(i, j)).unwrap_or(i)).collect();
+        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
         if distinct.len() == frames {
             return self.encode(device, frames, out);
         }
@@ -112,13 +109,16 @@ impl<D: Device> VisionTower<D> {
             self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
         }
         self.host.truncate(distinct.len() * frame);
-        let mut own = Rows::empty(device)?;
-        self.encode(device, distinct.len(), &mut own)?;
+        let mut states = std::mem::replace(&mut self.distinct, Rows::empty(device)?);
+        let encoded = self.encode(device, distinct.len(), &mut states);
+        self.distinct = states;
+        encoded?;
         let (patches, width) = (self.config.patches(), self.config.width);
         out.resize(device, frames * patches, width)?;
         let size = patches * width;
-        for (to, from) in place.into_iter().enumerate() {
-            device.copy(&own.buffer, from * size, &mut out.buffer, to * size, size)?;
+        for (to, first) in first.into_iter().enumerate() {
+            let from = distinct.partition_point(|&place| place < first);
+            device.copy(&self.distinct.buffer, from * size, &mut out.buffer, to * size, size)?;
         }
         Ok(())
     }
