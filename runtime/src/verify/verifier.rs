@@ -12,9 +12,8 @@ use crate::model::{Classifier, ModelError};
 use crate::observation::Identity;
 use crate::text::{Tokenizer, TokenizerError};
 
-/// Sentences whose reading is remembered, some 2 MB. A watched stream repeats itself, a guided rationale is read twice, and
-/// what a model says in training or evaluation is for the most part what it has said before.
-const REMEMBERED: usize = 8192;
+/// Sentences whose reading is remembered. A watched stream repeats itself, and a guided rationale is read twice.
+const REMEMBERED: usize = 1024;
 
 /// A verifier opened from its folder.
 pub struct Verifier<D: Device> {
@@ -24,6 +23,7 @@ pub struct Verifier<D: Device> {
     /// Where each of GoEmotions' labels stands in the network's output.
     places: [usize; 28],
     remembered: HashMap<String, [f32; 28]>,
+    most_remembered: usize,
 }
 
 impl<D: Device> Verifier<D> {
@@ -37,7 +37,20 @@ impl<D: Device> Verifier<D> {
             let found = classifier.labels().iter().position(|known| known == label);
             *place = found.ok_or_else(|| VerifierError::Labels { folder: folder.to_path_buf(), label })?;
         }
-        Ok(Verifier { tokenizer, classifier, manifest, places, remembered: HashMap::new() })
+        Ok(Verifier {
+            tokenizer,
+            classifier,
+            manifest,
+            places,
+            remembered: HashMap::new(),
+            most_remembered: REMEMBERED,
+        })
+    }
+
+    /// The same, remembering the readings of up to `sentences` sentences, some 250 bytes each. Training and evaluation
+    /// have the room, and much of what a model says there it has said before.
+    pub fn remembering(self, sentences: usize) -> Self {
+        Verifier { most_remembered: sentences, ..self }
     }
 
     /// Its manifest.
@@ -58,7 +71,7 @@ impl<D: Device> Verifier<D> {
         let ids = self.tokenizer.encode_sequence(sentence, self.classifier.capacity())?;
         let output = self.classifier.probabilities(&ids)?;
         let probabilities = self.places.map(|place| output[place]);
-        if self.remembered.len() >= REMEMBERED {
+        if self.remembered.len() >= self.most_remembered {
             self.remembered.clear();
         }
         self.remembered.insert(sentence.to_string(), probabilities);

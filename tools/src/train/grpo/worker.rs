@@ -18,6 +18,9 @@ use std::path::{Path, PathBuf};
 /// Sequences that a thread continues side by side, about.
 pub(super) const SLOTS: usize = 64;
 
+/// Sentences whose reading a thread remembers, some 30 MB.
+pub(super) const REMEMBERED: usize = 1 << 17;
+
 /// A prompt's text and the gate's weights for it.
 struct Instruction {
     pieces: Vec<PromptPiece>,
@@ -140,7 +143,7 @@ impl Worker {
             own_instruction: manifest.model.instruction.clone(),
             instructions: HashMap::new(),
             sequences: None,
-            scorer: Scorer::new(Verifier::open(verifier, device)?, args.guard),
+            scorer: Scorer::new(Verifier::open(verifier, device)?.remembering(REMEMBERED), args.guard),
             tokenizer,
             model,
             buffers,
