@@ -8,6 +8,7 @@ pub mod eval;
 pub mod eval_verifier;
 pub mod files;
 pub mod http;
+pub mod judge;
 pub mod merge;
 pub mod quantise;
 pub mod reward;

@@ -1,7 +1,7 @@
 //! A model, its verifier and a policy, opened and ready to say what a window shows.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use candor_kernels::Device;
 
@@ -11,7 +11,7 @@ use crate::media::face::{FaceDetector, FaceError, WindowFace};
 use crate::media::resize::{PixelLayout, Preprocess, PreprocessError};
 use crate::media::sampling::SettingsError;
 use crate::media::{FaceCrop, Fit, Frame, Window, WindowSettings};
-use crate::model::{Adapter, LanguageModel, Model, ModelError, Piece, Rows, Session};
+use crate::model::{Adapter, LanguageModel, Model, ModelConfig, ModelError, Piece, Rows, Session};
 use crate::observation::{
     Face, Identity, Observation, PolicyRecord, Probabilities, Span, StageTimes, Times, Tokens, VERSION, WindowSpan,
 };
@@ -21,7 +21,7 @@ use crate::text::{
     ChatTemplate, Grammar, GrammarError, LabelScorer, LabelSearch, PromptPiece, Sampler, Sampling, SamplingError,
     TemplateError, Tokenizer, TokenizerError,
 };
-use crate::verify::{Emotion, Verdict, Verifier, VerifierError};
+use crate::verify::{Emotion, SentenceClassifier, Verdict, Verifier, VerifierError};
 
 /// Places in the key-value cache beyond the prompt and the completion, for spelling labels behind it.
 const SPELLING_ROOM: usize = 64;
@@ -109,6 +109,10 @@ pub struct Watcher<D: Device> {
     session: Session<D>,
     features: Rows<D>,
     video: Rows<D>,
+    tokenizer: Tokenizer,
+    gate_tokenizer: Tokenizer,
+    template: ChatTemplate,
+    instruction: String,
     prompt: Vec<PromptPiece>,
     gate_ids: Vec<u32>,
     answer_opening: Vec<u32>,
@@ -140,11 +144,13 @@ impl<D: Device> Watcher<D> {
         let config = model.config();
 
         let tokenizer = Tokenizer::open(folder)?;
-        let instruction = &manifest.model.instruction;
-        let prompt = ChatTemplate::open(folder, &tokenizer)?.prompt(&tokenizer, instruction, false)?;
+        let instruction = manifest.model.instruction.clone();
+        let template = ChatTemplate::open(folder, &tokenizer)?;
+        let prompt = template.prompt(&tokenizer, &instruction, false)?;
         let gate_folder = config.bert_folder.clone();
         let gate_folder = gate_folder.ok_or_else(|| WatchError::NoGateTokenizer { folder: folder.into() })?;
-        let gate_ids = Tokenizer::open(&gate_folder)?.encode_sequence(instruction, config.bert.positions)?;
+        let gate_tokenizer = Tokenizer::open(&gate_folder)?;
+        let gate_ids = gate_tokenizer.encode_sequence(&instruction, config.bert.positions)?;
 
         let table = std::sync::Arc::new(tokenizer.token_table(config.decoder.vocabulary)?);
         let (labels, max_new_tokens) = (&manifest.model.labels, manifest.model.max_new_tokens);
@@ -152,11 +158,7 @@ impl<D: Device> Watcher<D> {
         let grammar = Grammar::new(table.clone(), labels, max_new_tokens).map_err(grammar_error)?;
         let scorer = LabelScorer::new(table, labels).map_err(grammar_error)?;
 
-        let video_tokens = config.frames * config.tokens_a_frame();
-        let positions =
-            prompt.iter().map(|piece| if let PromptPiece::Text(ids) = piece { ids.len() } else { video_tokens });
-        let capacity = positions.sum::<usize>() + max_new_tokens + SPELLING_ROOM;
-        let session = model.session(capacity.min(config.decoder.positions))?;
+        let session = model.session(capacity(config, &prompt, max_new_tokens))?;
 
         let input = &manifest.input;
         let fit = settings.fit.unwrap_or(input.fit);
@@ -176,6 +178,10 @@ impl<D: Device> Watcher<D> {
             verifier_identity: verifier.identity()?,
             session,
             model,
+            tokenizer,
+            gate_tokenizer,
+            template,
+            instruction,
             prompt,
             gate_ids,
             grammar,
@@ -194,6 +200,28 @@ impl<D: Device> Watcher<D> {
         self.session = self.model.session(self.session.capacity())?;
         self.identity.adapter = Some(adapter.digest().to_owned());
         Ok(())
+    }
+
+    /// Asks another instruction than the manifest's from now on. Without the places for pictures and sound, which the
+    /// chat template puts before it.
+    pub fn ask(&mut self, instruction: &str) -> Result<(), WatchError> {
+        if instruction == self.instruction {
+            return Ok(());
+        }
+        let config = self.model.config();
+        let prompt = self.template.prompt(&self.tokenizer, instruction, false)?;
+        let gate_ids = self.gate_tokenizer.encode_sequence(instruction, config.bert.positions)?;
+        let needed = capacity(config, &prompt, self.manifest.model.max_new_tokens);
+        if self.session.capacity() < needed {
+            self.session = self.model.session(needed)?;
+        }
+        (self.prompt, self.gate_ids, self.instruction) = (prompt, gate_ids, instruction.to_owned());
+        Ok(())
+    }
+
+    /// The verifier, for who wants to read further sentences with it.
+    pub fn verifier(&mut self) -> &mut impl SentenceClassifier {
+        &mut self.verifier
     }
 
     /// The model's manifest.
@@ -241,8 +269,48 @@ impl<D: Device> Watcher<D> {
         let pixels = self.preprocess.pixels(&window.frames, &squares, frames, PixelLayout::ChannelsFirst)?;
         times.pixels = lap.take();
 
-        let gate = self.model.gate(&self.gate_ids)?;
         self.model.vision_features(&pixels, &mut self.features)?;
+        self.explain(observation, times, started, lap)
+    }
+
+    /// As [`observe`](Self::observe), of a clip that the vision tower has seen already: `features` are its states,
+    /// `[frames · patches, vision width]`, of as many frames as the model takes. The clip counts as window `index`.
+    pub fn observe_features(&mut self, source: &str, index: u64, features: &[f32]) -> Result<Observation, WatchError> {
+        let started = Instant::now();
+        let config = self.model.config();
+        let (frames, width) = (config.frames, config.vision.width);
+        let expected = frames * config.vision.patches() * width;
+        if features.len() != expected {
+            let reason = format!("{} values are not the {expected} of {frames} frames", features.len());
+            return Err(ModelError::Input { what: "features", reason }.into());
+        }
+        let window = Window {
+            index,
+            start_s: 0.0,
+            end_s: 0.0,
+            start_monotonic_s: 0.0,
+            end_monotonic_s: 0.0,
+            start_wall: SystemTime::UNIX_EPOCH,
+            end_wall: SystemTime::UNIX_EPOCH,
+            frame_count: frames,
+            frames: Vec::new(),
+        };
+        let mut observation = self.nothing_seen(source, &window);
+        observation.window.frames = frames;
+        let device = self.model.device().clone();
+        self.features.write(&device, features, width)?;
+        self.explain(observation, StageTimes::default(), started, Lap(started))
+    }
+
+    /// Everything behind the vision tower, whose states are in `self.features`.
+    fn explain(
+        &mut self,
+        mut observation: Observation,
+        mut times: StageTimes,
+        started: Instant,
+        mut lap: Lap,
+    ) -> Result<Observation, WatchError> {
+        let gate = self.model.gate(&self.gate_ids)?;
         self.model.video_tokens(&self.features, gate, &mut self.video)?;
         times.vision = lap.take();
 
@@ -322,6 +390,14 @@ impl<D: Device> Watcher<D> {
             },
         }
     }
+}
+
+/// Positions that a prompt and what is written behind it take.
+fn capacity(config: &ModelConfig, prompt: &[PromptPiece], max_new_tokens: usize) -> usize {
+    let video_tokens = config.frames * config.tokens_a_frame();
+    let positions =
+        prompt.iter().map(|piece| if let PromptPiece::Text(ids) = piece { ids.len() } else { video_tokens });
+    (positions.sum::<usize>() + max_new_tokens + SPELLING_ROOM).min(config.decoder.positions)
 }
 
 fn face_in(index: usize, face: &WindowFace, frame: &Frame) -> Face {

@@ -757,6 +757,18 @@ pub fn fixed_sentences() -> impl Iterator<Item = (&'static str, Emotion)> {
     plain.map(|&sentence| (sentence, Emotion::Neutral)).chain(named)
 }
 
+/// Every term for an emotion, of both banks and of readers, and whether it is a noun.
+#[cfg(test)]
+pub(crate) fn emotion_terms(emotion: Emotion) -> Vec<(&'static str, bool)> {
+    let written = [Bank::Train, Bank::HeldOut].into_iter().flat_map(|bank| {
+        let Words { nouns, adjectives, .. } = words(bank, emotion);
+        nouns.iter().map(|&noun| (noun, true)).chain(adjectives.iter().map(|&adjective| (adjective, false)))
+    });
+    let [nouns, adjectives] = reading_words(emotion);
+    let read = nouns.split(", ").map(|noun| (noun, true)).chain(adjectives.split(", ").map(|word| (word, false)));
+    written.chain(read).collect()
+}
+
 /// A sentence that names an emotion.
 pub fn emotion_sentence(rng: &mut impl Rng, bank: Bank, emotion: Emotion) -> String {
     let Words { nouns, adjectives, sentences } = words(bank, emotion);

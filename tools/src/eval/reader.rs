@@ -1,0 +1,121 @@
+//! One thread's models: from an item of the data to its record.
+
+use anyhow::Context;
+use candor::media::Fit;
+use candor::observation::{Observation, Probabilities};
+use candor::text::Sampling;
+use candor::verify::Emotion;
+use candor::watch::{WatchSettings, Watcher};
+use candor_kernels::cpu::CpuDevice;
+
+use super::EvalArgs;
+use super::record::{Judged, Record, TokenCounts};
+use crate::dataset::extractor::ClipError;
+use crate::dataset::{Dataset, Extractor, FeatureCache, Item};
+use crate::judge::{Lexicon, verifier};
+
+/// What became of an item.
+pub(super) enum Outcome {
+    /// It was evaluated.
+    Read(Box<Record>),
+    /// Its clip cannot be used.
+    Broken(String),
+}
+
+/// One thread's models.
+pub(super) struct Reader<'a> {
+    watcher: Watcher<CpuDevice>,
+    own_instruction: String,
+    extractor: Extractor,
+    cache: Option<&'a FeatureCache>,
+    lexicon: Lexicon,
+    emotions: Vec<Emotion>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn open(args: &EvalArgs, data: &Dataset, cache: Option<&'a FeatureCache>) -> anyhow::Result<Reader<'a>> {
+        let model = args.model()?;
+        let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+        // The extractor finds faces; the watcher takes what the tower made of them.
+        let settings = WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch) };
+        let device = CpuDevice::new(Some(1));
+        let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?;
+        if let Some(adapter) = &args.adapter {
+            watcher.adapt(adapter)?;
+        }
+        Ok(Reader {
+            emotions: watcher.manifest().emotions(),
+            own_instruction: watcher.manifest().model.instruction.clone(),
+            watcher,
+            extractor: Extractor::open(model, data.faces.clone())?,
+            cache,
+            lexicon: Lexicon::new(),
+        })
+    }
+
+    /// Evaluates an item, the `place`th of the evaluation; without `answers` it only looks whether the clip can be used.
+    pub(super) fn read(&mut self, item: &Item, place: usize, answers: bool) -> anyhow::Result<Outcome> {
+        let features = match self.cache {
+            Some(cache) => cache.get(&mut self.extractor, &item.media),
+            None => self.extractor.extract(&item.media),
+        };
+        let features = match features {
+            Ok(features) => features,
+            // As in use: where no face is seen no emotion is claimed, and the answer is missing.
+            Err(ClipError::NoFace { .. }) => return Ok(Outcome::Read(Box::new(unanswered(item)))),
+            Err(error) if error.is_of_the_clip() => return Ok(Outcome::Broken(error.to_string())),
+            Err(error) => return Err(error.into()),
+        };
+        if !answers {
+            return Ok(Outcome::Read(Box::new(unanswered(item))));
+        }
+        self.watcher.ask(item.prompt.as_ref().unwrap_or(&self.own_instruction))?;
+        let observation = self.watcher.observe_features(&item.id, place as u64, &features.every_frame())?;
+        Ok(Outcome::Read(Box::new(self.judge(item, observation)?)))
+    }
+
+    fn judge(&mut self, item: &Item, observation: Observation) -> anyhow::Result<Record> {
+        let best = |probabilities: &Option<Probabilities>| {
+            probabilities.as_ref().and_then(|p| p.best()).and_then(Emotion::fold)
+        };
+        let read = match &observation.rationale {
+            // The verifier remembers the sentences, which it has read for the verdict.
+            Some(rationale) => Judged {
+                verifier: verifier::judge(self.watcher.verifier(), rationale, &self.emotions)?,
+                lexicon: self.lexicon.judge(rationale, &self.emotions),
+            },
+            None => Judged::default(),
+        };
+        let count = |tokens: usize| u32::try_from(tokens).context("more tokens than can be counted");
+        Ok(Record {
+            answer: best(&observation.probabilities),
+            fast: best(&observation.fast_probabilities),
+            read,
+            rationale: observation.rationale,
+            sentences: observation.sentences,
+            verdict: observation.verdict,
+            withheld: observation.policy.withheld,
+            tokens: TokenCounts {
+                completion: count(observation.tokens.generated)?,
+                extra: count(observation.tokens.extra)?,
+            },
+            ..unanswered(item)
+        })
+    }
+}
+
+fn unanswered(item: &Item) -> Record {
+    Record {
+        id: item.id.clone(),
+        truth: item.emotion,
+        answer: None,
+        fast: None,
+        read: Judged::default(),
+        rationale: None,
+        sentences: Vec::new(),
+        verdict: candor::verify::Verdict::Empty,
+        withheld: false,
+        tokens: TokenCounts::default(),
+        cues: None,
+    }
+}
