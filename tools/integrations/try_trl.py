@@ -3,8 +3,11 @@
 
     pip install -r tools/integrations/requirements.txt
     candor-tools reward-server --verifier models/default-verifier &
-    accelerate launch --cpu --num_processes 2 tools/integrations/try_trl.py --out trl
+    torchrun --nproc_per_node 2 tools/integrations/try_trl.py --out trl
     candor watch --adapter trl/adapter demo/sad-to-happy.mp4
+
+torchrun starts the processes and accelerate, which TRL stands on, finds them; `accelerate launch` itself starts several
+on CPUs only through MPI.
 
 The decoder is tuned on text alone, as TRL has it: this shows that the pieces fit, not how a good model is made. The
 adapter that comes out stands beside the whole model in `candor watch`.
@@ -70,6 +73,7 @@ def main():
     options.add_argument("--url", default=URL, help="where the reward server listens")
     options.add_argument("--out", type=pathlib.Path, required=True, help="folder for the adapter")
     options.add_argument("--steps", type=int, default=5)
+    options.add_argument("--processes", type=int, default=2, help="how many there must be, so that one is not two")
     options = options.parse_args()
     accelerate.utils.set_seed(1)
 
@@ -90,6 +94,8 @@ def main():
             logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False, seed=1,
         ),
     )
+    if trainer.accelerator.num_processes != options.processes:
+        raise SystemExit(f"{trainer.accelerator.num_processes} processes, not {options.processes}; start it with torchrun")
     trainer.train()
     trainer.save_model(str(options.out / "adapter"))
     if trainer.accelerator.is_main_process:

@@ -118,24 +118,27 @@ impl Drop for Program {
 
 /// Completions good and bad, each with a label.
 fn samples() -> Vec<(String, &'static str)> {
-    let sentences = [
-        "The corners of the mouth turn down.",
-        "The brows are drawn together and lowered.",
-        "The eyes are wide open.",
-        "Nothing much can be made out.",
-        "He is happy and full of joy!",
-        "She feels deep sadness.",
-        "This is anger.",
-        "It frightens them, they are scared.",
+    let cues = ["The corners of the mouth turn down.", "The brows are drawn together.", "The eyes are wide open."];
+    let conclusions = [
+        ("He is happy and full of joy!", "happy"),
+        ("She feels deep sadness.", "sadness"),
+        ("This is anger, pure anger.", " Angry"),
+        ("They are scared, in fear.", "fear"),
+        ("Nothing much can be made out.", "neutral"),
     ];
-    let labels = ["happy", "sadness", " Angry", "fear", "neutral", "disgust", "surprise", "contemptuous"];
     let mut samples = Vec::new();
-    for (i, label) in labels.into_iter().enumerate() {
-        let (one, two, three) = (sentences[i], sentences[(i + 3) % 8], sentences[(i * 5 + 2) % 8]);
-        let answer = labels[(i + i % 2) % 8];
-        samples.push((format!("<think>{one} {two}</think>\n<answer>{answer}</answer>"), label));
-        samples.push((format!("<think>{three}</think><answer>{label}</answer>"), label));
-        samples.push((format!("{one} {two} <answer>{label}</answer>\n"), label));
+    for (i, (own, label)) in conclusions.into_iter().enumerate() {
+        let (cue, other, wrong) = (cues[i % 3], conclusions[(i + 1) % 5].0, conclusions[(i + 2) % 5].1);
+        for (rationale, answer) in [
+            (own.to_owned(), label),
+            (format!("{cue} {own}"), label),
+            (format!("{cue} {own} {other}"), wrong),
+            (format!("{other} {other} {own}"), label),
+            (format!("{cue} {other}"), label),
+        ] {
+            samples.push((format!("<think>{rationale}</think>\n<answer>{answer}</answer>"), label));
+        }
+        samples.push((format!("{own} <answer>{label}</answer>\n"), label));
     }
     samples.push((String::new(), "sad"));
     samples.push(("<think>Unfinished. And".into(), "happy"));
@@ -194,18 +197,18 @@ fn ten_thousand_requests_of_32_connections_are_all_answered_and_right() {
     let different: std::collections::HashSet<String> = expected.iter().map(|paid| format!("{paid:?}")).collect();
     assert!(different.len() > 10, "the samples tell right answers from wrong ones");
     let program = Program::start(&[]);
+    let ask = |connection: usize| {
+        let (mut client, mut asked) = (Client::connect(program.address), 0);
+        for request in (connection..REQUESTS).step_by(CONNECTIONS) {
+            let chosen: Vec<usize> =
+                (0..1 + request % 4).map(|i| (request * 7 + i * 11 + connection) % samples.len()).collect();
+            ask_and_check(&mut client, request.is_multiple_of(3), &chosen, &samples, &expected);
+            asked += chosen.len();
+        }
+        asked
+    };
+    let ask = &ask;
     let asked: usize = std::thread::scope(|scope| {
-        let ask = |connection: usize| {
-            let (mut client, mut asked) = (Client::connect(program.address), 0);
-            for request in (connection..REQUESTS).step_by(CONNECTIONS) {
-                let chosen: Vec<usize> =
-                    (0..1 + request % 4).map(|i| (request * 7 + i * 11 + connection) % samples.len()).collect();
-                ask_and_check(&mut client, request % 3 == 0, &chosen, &samples, &expected);
-                asked += chosen.len();
-            }
-            asked
-        };
-        let ask = &ask;
         let connections: Vec<_> = (0..CONNECTIONS).map(|one| scope.spawn(move || ask(one))).collect();
         connections.into_iter().map(|one| one.join().unwrap()).sum()
     });
@@ -222,7 +225,10 @@ fn the_program_answers_what_has_begun_before_it_ends() {
     let mut watching = Client::connect(program.address);
     let (status, _, health) = watching.ask("GET", "/health", b"");
     let health: Value = serde_json::from_slice(&health).unwrap();
-    assert_eq!((status, &health["guard"], &health["verifier"]["name"]), (200, &json!(true), &json!("candor-default-verifier")));
+    assert_eq!(
+        (status, &health["guard"], &health["verifier"]["name"]),
+        (200, &json!(true), &json!("candor-default-verifier"))
+    );
     // Long enough that the end is asked for in the middle of it; right in any case.
     let sentences: String = (0..300).map(|i| format!("The brow is {i} millimetres high. ")).collect();
     let completion = format!("<think>{sentences}</think><answer>happy</answer>");
@@ -280,7 +286,10 @@ fn files_are_paid_as_requests_are() {
     }
     assert_ne!(run(&["--json"]).1, run(&["--json", "--guard"]).1);
     let (good, table, _) = run(&["--accuracy-weight", "0.5"]);
-    assert!(good && table.contains("explanation") && table.contains("completions                            26"), "{table}");
+    assert!(
+        good && table.contains("explanation") && table.contains("completions                            32"),
+        "{table}"
+    );
 
     std::fs::write(&file, format!("{}\n{{\"completion\": 3}}", lines[0])).unwrap();
     let (good, printed, error) = run(&["--json"]);
@@ -312,9 +321,8 @@ impl SentenceClassifier for Scripted {
 fn scripted(queue: usize, timeout: Duration) -> (SocketAddr, mpsc::Sender<()>) {
     let (release, gate) = mpsc::channel();
     let gate = Mutex::new(Some(gate));
-    let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> {
-        Ok(Box::new(Scripted(gate.lock().unwrap().take())))
-    };
+    let open =
+        move || -> anyhow::Result<Box<dyn SentenceClassifier>> { Ok(Box::new(Scripted(gate.lock().unwrap().take()))) };
     let pool = Pool::start(1, false, Arc::new(open)).unwrap();
     let router = router(pool, WEIGHTS, &["<stop>".to_owned()], Limits { queue, timeout }, json!({}));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -371,9 +379,19 @@ fn wrong_requests_get_reasons() {
         ("/get_reward", with("labels", json!(["sad", "sad"])), 422, "`query` has 1, `prompts` has 1, `labels` has 2"),
         ("/get_reward", with("labels", json!(["calm"])), 422, "labels[0]: the label \"calm\" names no emotion"),
         ("/get_reward", long_label, 422, "labels[0]: the label \"xxx"),
-        ("/get_reward", with("prompts", json!(["Another prompt, and a long one."])), 422, "query[0] does not hold the end"),
+        (
+            "/get_reward",
+            with("prompts", json!(["Another prompt, and a long one."])),
+            422,
+            "query[0] does not hold the end",
+        ),
         ("/reward", good.to_string(), 422, "there is no `completions`"),
-        ("/reward", json!({"completions": ["a", {}], "labels": ["sad"]}).to_string(), 422, "completions[1] is an object"),
+        (
+            "/reward",
+            json!({"completions": ["a", {}], "labels": ["sad"]}).to_string(),
+            422,
+            "completions[1] is an object",
+        ),
         ("/reward", json!({"completions": ["a"], "labels": []}).to_string(), 422, "`labels` has 0"),
         ("/rewards", String::new(), 404, "POST /get_reward"),
     ];

@@ -49,8 +49,7 @@ pub fn run(args: &RewardArgs) -> anyhow::Result<()> {
     let weights = args.settings.weights()?;
     let file = std::fs::File::open(&args.input).with_context(|| format!("cannot read {}", args.input.display()))?;
     let lines = read(std::io::BufReader::new(file), &args.input)?;
-    let open =
-        || Ok(Scorer::new(Verifier::open(&args.verifier, CpuDevice::new(Some(1)))?, args.settings.guard));
+    let open = || Ok(Scorer::new(Verifier::open(&args.verifier, CpuDevice::new(Some(1)))?, args.settings.guard));
     let score = |scorer: &mut Scorer<Verifier<CpuDevice>>, index: usize| {
         let line = &lines[index];
         let scored = scorer.score(&line.completion, line.emotion, None);
@@ -125,7 +124,8 @@ mod tests {
 
     #[test]
     fn lines_are_read_in_order() {
-        let text = "{\"completion\": \"a\", \"label\": \" Angry\", \"id\": 7}\n{\"label\":\"neutral\",\"completion\":\"\"}";
+        let text =
+            "{\"completion\": \"a\", \"label\": \" Angry\", \"id\": 7}\n{\"label\":\"neutral\",\"completion\":\"\"}";
         let lines = read(text.as_bytes(), Path::new("f")).unwrap();
         let read: Vec<_> = lines.iter().map(|line| (&*line.completion, line.emotion)).collect();
         assert_eq!(read, [("a", Emotion::Anger), ("", Emotion::Neutral)]);
@@ -142,7 +142,10 @@ mod tests {
             (r#"{"completion": "a"}"#, "f:2: there is no `label`"),
             (r#"{"completion": ["a"], "label": "sad"}"#, "f:2: `completion` is a list, not a text"),
             (r#"{"completion": "a", "label": 3}"#, "f:2: `label` is a number, not a text"),
-            (r#"{"completion": "a", "label": "calm"}"#, "f:2: the label \"calm\" names no emotion; there are happiness"),
+            (
+                r#"{"completion": "a", "label": "calm"}"#,
+                "f:2: the label \"calm\" names no emotion; there are happiness",
+            ),
         ] {
             let error = read(format!("{good}\n{bad}\n{good}").as_bytes(), Path::new("f")).unwrap_err().to_string();
             assert!(error.starts_with(said), "{error}");

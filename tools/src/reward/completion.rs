@@ -47,7 +47,8 @@ pub fn without_end_tokens<'c>(completion: &'c str, end_tokens: &[String]) -> &'c
     let mut rest = completion;
     loop {
         let trimmed = rest.trim_end();
-        let shorter = end_tokens.iter().filter(|token| !token.is_empty()).find_map(|token| trimmed.strip_suffix(&**token));
+        let shorter =
+            end_tokens.iter().filter(|token| !token.is_empty()).find_map(|token| trimmed.strip_suffix(&**token));
         match shorter {
             Some(shorter) => rest = shorter,
             None => return rest,

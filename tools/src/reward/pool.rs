@@ -165,8 +165,10 @@ impl Worker {
         self.guarded(|classifier| {
             let tasks = batch.iter().flat_map(|job| &job.tasks);
             let mut seen = HashSet::new();
-            let sentences: Vec<&str> =
-                tasks.flat_map(|task| sentences_of(&task.completion)).filter(|sentence| seen.insert(*sentence)).collect();
+            let sentences: Vec<&str> = tasks
+                .flat_map(|task| sentences_of(&task.completion))
+                .filter(|sentence| seen.insert(*sentence))
+                .collect();
             let mut known = HashMap::with_capacity(sentences.len());
             for slice in sentences.chunks(SLICE) {
                 if batch.iter().all(|job| job.answer.is_closed()) {
@@ -220,7 +222,8 @@ struct Known<'k> {
 
 impl SentenceClassifier for Known<'_> {
     fn classify(&mut self, sentences: &[&str]) -> Result<Vec<[f32; 28]>, VerifierError> {
-        let known: Option<Vec<[f32; 28]>> = sentences.iter().map(|sentence| self.known.get(sentence).copied()).collect();
+        let known: Option<Vec<[f32; 28]>> =
+            sentences.iter().map(|sentence| self.known.get(sentence).copied()).collect();
         known.map_or_else(|| self.classifier.classify(sentences), Ok)
     }
 }

@@ -101,7 +101,11 @@ struct Counts {
 /// Runs `candor-tools reward-server`.
 pub fn run(args: &RewardServerArgs) -> anyhow::Result<()> {
     ensure!((1..=100_000).contains(&args.queue), "--queue must lie between 1 and 100000, not {}", args.queue);
-    ensure!((1..=86_400).contains(&args.timeout), "--timeout must lie between 1 and 86400 seconds, not {}", args.timeout);
+    ensure!(
+        (1..=86_400).contains(&args.timeout),
+        "--timeout must lie between 1 and 86400 seconds, not {}",
+        args.timeout
+    );
     let weights = args.settings.weights()?;
     let folder = args.verifier.clone();
     let verifier = Verifier::open(&folder, CpuDevice::new(Some(1)))?.identity()?;
@@ -268,9 +272,8 @@ impl Server {
         let value: Value = serde_json::from_slice(&body)
             .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, format!("the body is no JSON: {error}")))?;
         drop(body);
-        let fields = value
-            .as_object()
-            .ok_or_else(|| Refusal::wrong(format!("the body is {}, not an object", kind(&value))))?;
+        let fields =
+            value.as_object().ok_or_else(|| Refusal::wrong(format!("the body is {}, not an object", kind(&value))))?;
         let tasks = parse(fields, &self.end_tokens)?;
         drop(value);
         let outcome = timeout_at(deadline, self.pool.submit(tasks)).await.map_err(|_| {
@@ -310,8 +313,7 @@ fn completions(fields: &Map<String, Value>, end_tokens: &[String]) -> Result<Vec
     let completions = texts(fields, "completions", "")?;
     let labels = texts(fields, "labels", "")?;
     of_one_length(&[("completions", completions.len()), ("labels", labels.len())])?;
-    let task =
-        |(index, (text, label)): (usize, (&str, &str))| task(without_end_tokens(text, end_tokens), label, index);
+    let task = |(index, (text, label)): (usize, (&str, &str))| task(without_end_tokens(text, end_tokens), label, index);
     completions.into_iter().zip(labels).enumerate().map(task).collect()
 }
 
