@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::conduct::Conduct;
 use super::settings::RewardSettings;
-use super::{Paid, Rewards, Scorer, emotion_of};
+use super::{Paid, Rewards, Scorer, emotion_of, open_verifier};
 use crate::dataset::kind;
 use crate::workers;
 
@@ -49,7 +49,7 @@ pub fn run(args: &RewardArgs) -> anyhow::Result<()> {
     let weights = args.settings.weights()?;
     let file = std::fs::File::open(&args.input).with_context(|| format!("cannot read {}", args.input.display()))?;
     let lines = read(std::io::BufReader::new(file), &args.input)?;
-    let open = || Ok(Scorer::new(Verifier::open(&args.verifier, CpuDevice::new(Some(1)))?, args.settings.guard));
+    let open = || Ok(Scorer::new(open_verifier(&args.verifier)?, args.settings.guard));
     let score = |scorer: &mut Scorer<Verifier<CpuDevice>>, index: usize| {
         let line = &lines[index];
         let scored = scorer.score(&line.completion, line.emotion, None);

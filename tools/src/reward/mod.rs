@@ -12,8 +12,10 @@ use crate::data::rationale::{Cue, claim_is_right, cue_claims};
 use candor::verify::reward::{accuracy_reward, explanation_reward_of_labels, format_reward};
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
-use candor::verify::{Emotion, GoEmotion, SentenceClassifier, VerifierError, split_sentences};
+use candor::verify::{Emotion, GoEmotion, SentenceClassifier, Verifier, VerifierError, split_sentences};
+use candor_kernels::cpu::CpuDevice;
 use serde::Serialize;
+use std::path::Path;
 
 /// Weights of the rewards.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,6 +77,14 @@ impl Paid {
         let Rewards { format, accuracy, explanation, labels: sentences, .. } = rewards;
         Paid { format, accuracy, explanation, reward, sentences }
     }
+}
+
+/// Sentences whose reading a thread remembers, some 30 MB: much of what a model says in training it has said before.
+const REMEMBERED: usize = 1 << 17;
+
+/// Opens a verifier for one thread that pays completions.
+pub fn open_verifier(folder: &Path) -> Result<Verifier<CpuDevice>, VerifierError> {
+    Ok(Verifier::open(folder, CpuDevice::new(Some(1)))?.remembering(REMEMBERED))
 }
 
 /// The sentences of a completion that the verifier is asked about.

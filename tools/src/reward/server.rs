@@ -18,8 +18,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use candor::verify::{SentenceClassifier, Verifier};
-use candor_kernels::cpu::CpuDevice;
+use candor::verify::SentenceClassifier;
 use clap::Args;
 use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
@@ -28,7 +27,7 @@ use tokio::time::{Instant, timeout_at};
 use super::completion::{END_TOKENS, completion_of, without_end_tokens};
 use super::pool::{Open, Pool, Task};
 use super::settings::RewardSettings;
-use super::{Paid, Weights, emotion_of};
+use super::{Paid, Weights, emotion_of, open_verifier};
 use crate::dataset::kind;
 use crate::http;
 
@@ -108,10 +107,8 @@ pub fn run(args: &RewardServerArgs) -> anyhow::Result<()> {
     );
     let weights = args.settings.weights()?;
     let folder = args.verifier.clone();
-    let verifier = Verifier::open(&folder, CpuDevice::new(Some(1)))?.identity()?;
-    let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> {
-        Ok(Box::new(Verifier::open(&folder, CpuDevice::new(Some(1)))?))
-    };
+    let verifier = open_verifier(&folder)?.identity()?;
+    let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> { Ok(Box::new(open_verifier(&folder)?)) };
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or_else(cores);
     let about = json!({
