@@ -7,10 +7,12 @@ use anyhow::{Context, ensure};
 use axum::Router;
 use candor::message::say;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
-/// Serves `router` until the process is interrupted or told to end; requests that have begun are answered first. The
-/// line `listening on http://ADDRESS` on standard output says when it is ready, and which port was free where `address`
-/// asks for port 0. Addresses that other machines reach need `public`.
+/// Serves `router` until the process is interrupted or told to end; requests that have begun are answered first, unless
+/// it is told a second time: a request whose head never comes whole would be waited for without end. The line
+/// `listening on http://ADDRESS` on standard output says when it is ready, and which port was free where `address` asks
+/// for port 0. Addresses that other machines reach need `public`.
 pub fn serve(address: SocketAddr, public: bool, router: Router) -> anyhow::Result<()> {
     ensure!(
         public || address.ip().is_loopback(),
@@ -19,24 +21,42 @@ pub fn serve(address: SocketAddr, public: bool, router: Router) -> anyhow::Resul
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let told = times_told_to_end()?;
+        let times = |least: u32| {
+            let mut told = told.clone();
+            // The sender never goes away before the runtime does.
+            async move { drop(told.wait_for(|times| *times >= least).await) }
+        };
         say(format_args!("listening on http://{}", listener.local_addr()?))?;
-        axum::serve(listener, router).with_graceful_shutdown(told_to_end()).await?;
+        tokio::select! {
+            ended = axum::serve(listener, router).with_graceful_shutdown(times(1)).into_future() => ended?,
+            () = times(2) => log::warn!("told to end twice; what had begun is left unanswered"),
+        }
         Ok(())
     })
 }
 
-/// Comes back when the process is interrupted or told to end.
-async fn told_to_end() {
-    let interrupted = tokio::signal::ctrl_c();
+/// How often the process has been interrupted or told to end since this was called.
+fn times_told_to_end() -> anyhow::Result<watch::Receiver<u32>> {
+    let (times, told) = watch::channel(0);
     #[cfg(unix)]
     {
-        if let Ok(mut told) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            tokio::select! { _ = interrupted => {}, _ = told.recv() => {} }
-            return;
-        }
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut interrupts, mut ends) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! { _ = interrupts.recv() => {}, _ = ends.recv() => {} }
+                times.send_modify(|times| *times += 1);
+            }
+        });
     }
-    // Without the handler there is nothing to wait for but the end of the process.
-    let _ = interrupted.await;
+    #[cfg(not(unix))]
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            times.send_modify(|times| *times += 1);
+        }
+    });
+    Ok(told)
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@ use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
+use candor_tools::reward::command::{self as reward, RewardArgs};
+use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -33,6 +35,10 @@ enum Command {
     Eval(EvalArgs),
     /// Measure a verifier on sentences whose emotions are known.
     EvalVerifier(EvalVerifierArgs),
+    /// Pay completions as reward fine-tuning does.
+    Reward(RewardArgs),
+    /// Serve the rewards over HTTP to trainers that run elsewhere.
+    RewardServer(RewardServerArgs),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +49,8 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
+        Command::Reward(args) => reward::run(&args),
+        Command::RewardServer(args) => reward_server::run(&args),
     };
     exit_code("candor-tools", result)
 }

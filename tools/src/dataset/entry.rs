@@ -152,7 +152,8 @@ fn text(value: &Value, field: &str) -> Result<String, String> {
     value.as_str().map(str::to_owned).ok_or_else(|| format!("`{field}` is {}, not a text", kind(value)))
 }
 
-fn kind(value: &Value) -> &'static str {
+/// What a JSON value is, for messages.
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",

@@ -1,13 +1,21 @@
 //! What completions are paid: the rewards of [`candor::verify::reward`], weighed, with a guard against rationales that
 //! are nothing but a conclusion, and groundedness where cues were measured.
 
+pub mod command;
+pub mod completion;
 pub mod conduct;
+pub mod pool;
+pub mod server;
+pub mod settings;
 
 use crate::data::rationale::{Cue, claim_is_right, cue_claims};
 use candor::verify::reward::{accuracy_reward, explanation_reward_of_labels, format_reward};
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
-use candor::verify::{Emotion, GoEmotion, SentenceClassifier, VerifierError};
+use candor::verify::{Emotion, GoEmotion, SentenceClassifier, Verifier, VerifierError, split_sentences};
+use candor_kernels::cpu::CpuDevice;
+use serde::Serialize;
+use std::path::Path;
 
 /// Weights of the rewards.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,6 +53,52 @@ impl Rewards {
             + weights.explanation * self.explanation
             + weights.groundedness * self.groundedness.unwrap_or(0.0)
     }
+}
+
+/// What a completion gets, as both commands print it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Paid {
+    /// See [`Rewards::format`].
+    pub format: f32,
+    /// See [`Rewards::accuracy`].
+    pub accuracy: f32,
+    /// See [`Rewards::explanation`].
+    pub explanation: f32,
+    /// The weighted sum.
+    pub reward: f32,
+    /// What the verifier reads in each sentence of the rationale.
+    pub sentences: Vec<Vec<GoEmotion>>,
+}
+
+impl Paid {
+    /// Rewards with their weighted sum.
+    pub fn new(rewards: Rewards, weights: &Weights) -> Paid {
+        let reward = rewards.total(weights);
+        let Rewards { format, accuracy, explanation, labels: sentences, .. } = rewards;
+        Paid { format, accuracy, explanation, reward, sentences }
+    }
+}
+
+/// Sentences whose reading a thread remembers, some 30 MB: much of what a model says in training it has said before.
+const REMEMBERED: usize = 1 << 17;
+
+/// Opens a verifier for one thread that pays completions.
+pub fn open_verifier(folder: &Path) -> Result<Verifier<CpuDevice>, VerifierError> {
+    Ok(Verifier::open(folder, CpuDevice::new(Some(1)))?.remembering(REMEMBERED))
+}
+
+/// The sentences of a completion that the verifier is asked about.
+pub fn sentences_of(completion: &str) -> Vec<&str> {
+    split_sentences(rationale_of(completion).unwrap_or_default())
+}
+
+/// The emotion that a label names; the error says which labels there are.
+pub fn emotion_of(label: &str) -> Result<Emotion, String> {
+    Emotion::fold(label).ok_or_else(|| {
+        let known: Vec<&str> = Emotion::all().map(Emotion::name).collect();
+        let shown: String = label.chars().take(80).collect();
+        format!("the label {shown:?} names no emotion; there are {}, and their adjectives", known.join(", "))
+    })
 }
 
 /// Pays completions.
