@@ -8,6 +8,7 @@ use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
+use candor_tools::rate::{self, RateArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -33,6 +34,8 @@ enum Command {
     Eval(EvalArgs),
     /// Measure a verifier on sentences whose emotions are known.
     EvalVerifier(EvalVerifierArgs),
+    /// Serve a page where people compare two explanations of the same clip.
+    Rate(RateArgs),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
+        Command::Rate(args) => rate::run(&args),
     };
     exit_code("candor-tools", result)
 }

@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::data::faces::{Faces, FacesError};
 use crate::data::rationale::Cue;
 use entry::Entry;
+pub(crate) use extractor::pictures_of;
 pub use extractor::{ClipError, Extractor};
 pub use features::{ClipFeatures, FeatureCache};
 pub use problem::{Problem, ProblemKind, Problems};
