@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::pairs::{Draw, Pair};
 use super::server::Refusal;
 use crate::dataset::{Dataset, FacesFiles, Media, pictures_of};
+use crate::eval::{make_unique, photographs};
 
 /// Pictures of a folder that are shown, spread over all of them.
 const MOST_PICTURES: usize = 12;
@@ -83,18 +84,27 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// The clips of a list.
-    pub fn of_dataset(dataset: Dataset) -> Listed {
+    /// The clips of a list, under the ids that `candor-tools eval` gives them.
+    pub fn of_list(mut dataset: Dataset) -> Listed {
+        make_unique(&mut dataset.items);
         let media = dataset.items.into_iter().map(|item| (item.id, item.media)).collect();
         Listed { media, faces: dataset.faces }
     }
 
-    /// The photographs of one part of a faces file, by the numbers of their rows.
+    /// The photographs of one part of a faces file.
     pub fn of_faces(file: &Path, part: &str) -> anyhow::Result<Listed> {
-        let faces = FacesFiles::default();
-        let count = faces.part(file, part).map_err(anyhow::Error::new)?.len();
-        let photograph = |row| Media::Photograph { file: file.into(), part: part.into(), row };
-        Ok(Listed { media: (0..count).map(|row| (row.to_string(), photograph(row))).collect(), faces })
+        let mut listed = Listed::of_list(photographs(file, part)?);
+        let rows: Vec<(String, Media)> = listed
+            .media
+            .values()
+            // Records of before there were ids name the row alone.
+            .filter_map(|media| match media {
+                Media::Photograph { row, .. } => Some((row.to_string(), media.clone())),
+                Media::Clip(_) => None,
+            })
+            .collect();
+        listed.media.extend(rows);
+        Ok(listed)
     }
 
     /// Whether there is a clip of this id.

@@ -65,7 +65,7 @@ pub struct ServeArgs {
     /// Go on without the entries of the list that cannot be used.
     #[arg(long, requires = "data")]
     pub skip_bad: bool,
-    /// Photographs of a faces file instead of a list, named by the numbers of their rows.
+    /// Photographs of a faces file instead of a list.
     #[arg(long)]
     pub faces: Option<PathBuf>,
     /// Part of the faces file.
@@ -111,7 +111,7 @@ pub fn open(args: &ServeArgs) -> anyhow::Result<Rating> {
     };
     ensure!(args.limit != Some(0), "--limit must be at least 1");
     let listed = match (&args.data, &args.faces) {
-        (Some(list), _) => Listed::of_dataset(Dataset::open(list, args.media_root.as_deref(), args.skip_bad)?),
+        (Some(list), _) => Listed::of_list(Dataset::open(list, args.media_root.as_deref(), args.skip_bad)?),
         (None, Some(faces)) => Listed::of_faces(faces, &args.part)?,
         (None, None) => bail!("give the clips with --data or --faces"),
     };

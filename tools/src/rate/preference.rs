@@ -3,17 +3,17 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::eval::bootstrap;
+pub use crate::eval::bootstrap::Interval;
+
 /// Standard deviations on either side that hold 95 % of a normal distribution.
 const NORMAL_95: f64 = 1.959_963_984_540_054;
 /// A statistic that is undefined for more than this share of the draws has no interval.
 const MOST_UNDEFINED: f64 = 0.05;
 
-/// Lower and upper end of a 95 % interval.
-pub type Interval = [f64; 2];
-
 /// 95 % interval of a statistic of units, by drawing as many of them anew with replacement, `draws` times; the ends are
 /// percentiles. `None` for less than two units, or where the statistic is mostly undefined.
-pub fn bootstrap<U: Copy>(
+pub fn redrawn<U: Copy>(
     units: &[U],
     draws: usize,
     seed: u64,
@@ -24,7 +24,7 @@ pub fn bootstrap<U: Copy>(
     }
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     let mut drawn = units.to_vec();
-    let mut values: Vec<f64> = (0..draws)
+    let values: Vec<f64> = (0..draws)
         .filter_map(|_| {
             drawn.iter_mut().for_each(|unit| *unit = units[generator.random_range(0..units.len())]);
             statistic(&drawn)
@@ -33,16 +33,7 @@ pub fn bootstrap<U: Copy>(
     if values.is_empty() || (draws - values.len()) as f64 > MOST_UNDEFINED * draws as f64 {
         return None;
     }
-    values.sort_by(f64::total_cmp);
-    Some([quantile(&values, 0.025), quantile(&values, 0.975)])
-}
-
-/// Quantile of sorted values, between two of them where it falls between.
-fn quantile(sorted: &[f64], at: f64) -> f64 {
-    let place = at * (sorted.len() - 1) as f64;
-    let (below, share) = (place.floor() as usize, place.fract());
-    let above = (below + 1).min(sorted.len() - 1);
-    sorted[below] + (sorted[above] - sorted[below]) * share
+    bootstrap::interval(values)
 }
 
 /// Wilson's 95 % interval of the share `of / all`. `None` without any.
@@ -106,13 +97,12 @@ mod tests {
     fn bootstrap_intervals() {
         let mean = |units: &[f64]| Some(units.iter().sum::<f64>() / units.len() as f64);
         let units: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
-        let [low, high] = bootstrap(&units, 4000, 1, mean).unwrap();
+        let [low, high] = redrawn(&units, 4000, 1, mean).unwrap();
         // Mean 0.5, standard error 0.025.
         assert!((low - 0.451).abs() < 0.005 && (high - 0.549).abs() < 0.005, "{low} {high}");
-        assert_eq!(bootstrap(&units, 100, 2, mean), bootstrap(&units, 100, 2, mean));
-        assert_ne!(bootstrap(&units, 100, 2, mean), bootstrap(&units, 100, 3, mean));
-        assert_eq!(bootstrap(&units[..1], 100, 1, mean), None);
-        assert_eq!(bootstrap(&units, 100, 1, |_| None), None);
-        assert!(near(quantile(&[0.0, 1.0, 2.0, 3.0], 0.5), 1.5) && quantile(&[4.0], 0.975) == 4.0);
+        assert_eq!(redrawn(&units, 100, 2, mean), redrawn(&units, 100, 2, mean));
+        assert_ne!(redrawn(&units, 100, 2, mean), redrawn(&units, 100, 3, mean));
+        assert_eq!(redrawn(&units[..1], 100, 1, mean), None);
+        assert_eq!(redrawn(&units, 100, 1, |_| None), None);
     }
 }

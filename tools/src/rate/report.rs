@@ -1,7 +1,6 @@
 //! `candor-tools rate report`: what the votes say.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
@@ -11,7 +10,7 @@ use serde::Serialize;
 
 use super::agreement::{ANSWERS, Counts, Scale, Undefined, alpha};
 use super::pairs::Side;
-use super::preference::{Interval, bootstrap, sign_test, wilson};
+use super::preference::{Interval, redrawn, sign_test, wilson};
 use super::votes::{self, Choice, Header, Question, Standing, Vote};
 
 /// `candor-tools rate report`
@@ -146,7 +145,7 @@ pub fn run(args: &ReportArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     for line in lines(&report) {
-        say(line).map_err(|error: io::Error| error)?;
+        say(line)?;
     }
     Ok(())
 }
@@ -239,7 +238,7 @@ fn answers(votes: &[Vote], question: Question, draws: u32, seed: u64) -> Answers
     let sum = |pairs: &[Counts]| {
         pairs.iter().fold([0; ANSWERS], |sum, pair| std::array::from_fn(|answer| sum[answer] + pair[answer]))
     };
-    let interval = |statistic: &dyn Fn(&[Counts]) -> Option<f64>| bootstrap(&pairs, draws as usize, seed, statistic);
+    let interval = |statistic: &dyn Fn(&[Counts]) -> Option<f64>| redrawn(&pairs, draws as usize, seed, statistic);
     let share = |of: &dyn Fn(&Counts) -> f64| {
         let statistic = |pairs: &[Counts]| {
             let counts = sum(pairs);

@@ -255,7 +255,10 @@ impl Rating {
             // The answer to the first request was lost on its way, and the page asks again.
             Some(vote) if vote.choice == Some(choice) => {}
             Some(_) => {
-                return refuse(StatusCode::CONFLICT, "this was answered already, in another window; undo that first");
+                return refuse(
+                    StatusCode::CONFLICT,
+                    "this question was answered already; take that answer back (undo) to change it",
+                );
             }
             None => self.add(&mut votes, &rater, pair, request.question, Some(choice))?,
         }

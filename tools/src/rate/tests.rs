@@ -427,3 +427,26 @@ fn the_command_line() {
         assert!(parse(wrong).is_err(), "{wrong}");
     }
 }
+
+#[test]
+fn photographs_are_found_under_the_ids_of_records_new_and_old() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("faces"), crate::data::faces::tests::file(3, &[], &[])).unwrap();
+    let listed = Listed::of_faces(&path("faces"), "val").unwrap();
+    let entry = |id: &str, text: &str| {
+        let explanation = explanations::Explanation { text: text.into(), answer: None };
+        (id.to_owned(), Some(explanation))
+    };
+    let entries = |text: &str| vec![entry("val/1", text), entry("2", text), entry("3", text), entry("test/0", text)];
+    let pairs = Pairs::new(entries("x"), entries("y"), |id| listed.has(id));
+    assert_eq!(pairs.ids(), std::collections::HashSet::from(["val/1", "2"]));
+    assert_eq!(pairs.without_clip, 2);
+    let draw = Draw { seed: 1 };
+    let clips = Clips::new(listed, &pairs.list, draw).unwrap();
+    for id in ["val/1", "2"] {
+        let answer = clips.serve(&draw.clip_token(id), 0, &axum::http::HeaderMap::new()).unwrap();
+        assert_eq!(answer.headers()["content-type"], "image/png");
+        assert!(clips.serve(&draw.clip_token(id), 1, &axum::http::HeaderMap::new()).is_err());
+    }
+}
