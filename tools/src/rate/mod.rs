@@ -116,7 +116,6 @@ pub fn open(args: &ServeArgs) -> anyhow::Result<Rating> {
         (None, None) => bail!("give the clips with --data or --faces"),
     };
     let mut pairs = Pairs::new(explanations::read(&args.a)?, explanations::read(&args.b)?, |id| listed.has(id));
-    tell_what_is_left_out(args, &pairs)?;
     let header = Header {
         version: VERSION,
         a: args.a.display().to_string(),
@@ -129,6 +128,7 @@ pub fn open(args: &ServeArgs) -> anyhow::Result<Rating> {
         unpaired: pairs.unpaired,
         without_clip: pairs.without_clip,
     };
+    tell_what_is_left_out(args, &header)?;
     let votes = Votes::open(&args.votes, header, args.seed)?;
     pairs.limit(args.limit.unwrap_or(usize::MAX));
     let draw = Draw { seed: votes.header.seed };
@@ -136,25 +136,12 @@ pub fn open(args: &ServeArgs) -> anyhow::Result<Rating> {
     Ok(Rating { pairs: pairs.list, clips, draw, rater, public: args.public, votes: Mutex::new(votes) })
 }
 
-fn tell_what_is_left_out(args: &ServeArgs, pairs: &Pairs) -> anyhow::Result<()> {
-    let left_out = [
-        (pairs.identical, "pairs say the same in both files"),
-        (pairs.silent, "pairs have no rationale in one of the files or both"),
-        (pairs.unpaired, "ids stand in one of the files alone"),
-        (pairs.without_clip, "pairs are of clips that are not among those given"),
-    ];
-    let left_out: Vec<String> =
-        left_out.iter().filter(|(count, _)| *count > 0).map(|(count, why)| format!("{count} {why}")).collect();
-    if pairs.list.is_empty() {
-        bail!(
-            "{} and {} have nothing to compare: {}",
-            args.a.display(),
-            args.b.display(),
-            if left_out.is_empty() { "no line".to_owned() } else { left_out.join(", ") }
-        );
-    }
+fn tell_what_is_left_out(args: &ServeArgs, header: &Header) -> anyhow::Result<()> {
+    let left_out = header.left_out();
+    let (a, b) = (args.a.display(), args.b.display());
+    ensure!(header.pairs > 0, "{a} and {b} have no pair to compare; left out: {left_out}");
     if !left_out.is_empty() {
-        log::warn!("{} pairs to compare; left out: {}", pairs.list.len(), left_out.join(", "));
+        log::warn!("{} pairs to compare; left out: {left_out}", header.pairs);
     }
     Ok(())
 }

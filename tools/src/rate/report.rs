@@ -124,6 +124,9 @@ pub struct Report {
     pub unpaired: usize,
     /// Pairs left out because there is no such clip.
     pub without_clip: usize,
+    /// The same in words, for the table.
+    #[serde(skip)]
+    left_out: String,
     /// Raters by name.
     pub raters: BTreeMap<String, RaterSummary>,
     /// Which fits the face better.
@@ -199,6 +202,7 @@ fn report(header: &Header, votes: &[Vote], draws: u32, seed: u64) -> Report {
         silent: header.silent,
         unpaired: header.unpaired,
         without_clip: header.without_clip,
+        left_out: header.left_out(),
         raters,
         fits: answers(votes, Question::Fits, draws, seed),
         coherent: answers(votes, Question::Coherent, draws, seed),
@@ -281,15 +285,10 @@ fn decided(pairs: &[Counts]) -> Decided {
 
 fn lines(report: &Report) -> Vec<String> {
     let mut lines = vec![format!("A  {}", report.a), format!("B  {}", report.b)];
-    let left_out = [
-        (report.identical, "the same text"),
-        (report.silent, "without a rationale"),
-        (report.unpaired, "in one file alone"),
-        (report.without_clip, "without a clip"),
-    ];
-    let left_out: Vec<String> =
-        left_out.iter().filter(|(count, _)| *count > 0).map(|(count, why)| format!("{count} {why}")).collect();
-    let left_out = if left_out.is_empty() { String::new() } else { format!("; left out: {}", left_out.join(", ")) };
+    let left_out = match report.left_out.as_str() {
+        "" => String::new(),
+        left_out => format!("; left out: {left_out}"),
+    };
     lines.push(format!("{} pairs{left_out}", report.pairs));
     for (name, rater) in &report.raters {
         let first = rater.first.map_or("none".to_owned(), |share| percent(share));
@@ -398,7 +397,7 @@ mod tests {
         let text = lines(&report).join("\n");
         for part in [
             "A  plain.jsonl",
-            "4 pairs; left out: 1 the same text",
+            "4 pairs; left out: 1 the same in both files",
             "rater anna: 4 votes on fit, 0 on coherence; 25.0 % ties; of the others 66.7 % for what stood first",
             "Which fits the face better: 8 votes on 4 pairs\n  A          12.5 % (",
             "  by pairs   A 0, even 2, B 2; B in 100.0 % (34.2 % to 100.0 %) of those decided",

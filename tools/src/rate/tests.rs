@@ -396,11 +396,11 @@ fn what_cannot_be_served_is_said_at_the_start() {
     assert!(fails(served.args(None)).contains("in use by another"));
     assert!(other(&|args| args.rater = Some(" ".into())).contains("--rater \" \" is empty"));
     assert!(other(&|args| args.limit = Some(0)).contains("--limit"));
-    assert!(other(&|args| args.b = path("plain.jsonl")).contains("6 pairs say the same"));
+    assert!(other(&|args| args.b = path("plain.jsonl")).contains("left out: 6 the same in both files"));
     assert!(other(&|args| args.a = path("absent.jsonl")).contains("cannot read"));
     assert!(other(&|args| args.data = Some(path("plain.jsonl"))).contains("cannot be used"));
     std::fs::write(path("one.jsonl"), "{\"id\": \"x\", \"video\": \"strip\", \"solution\": \"sad\"}").unwrap();
-    assert!(other(&|args| args.data = Some(path("one.jsonl"))).contains("6 pairs are of clips that are not among"));
+    assert!(other(&|args| args.data = Some(path("one.jsonl"))).contains("6 without a clip"));
     assert!(!Path::new(&path("other.jsonl")).exists());
 }
 

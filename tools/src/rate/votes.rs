@@ -69,6 +69,20 @@ pub struct Header {
     pub without_clip: usize,
 }
 
+impl Header {
+    /// What was left out and why; empty where nothing was.
+    pub fn left_out(&self) -> String {
+        let reasons = [
+            (self.identical, "the same in both files"),
+            (self.silent, "without a rationale"),
+            (self.unpaired, "in one file alone"),
+            (self.without_clip, "without a clip"),
+        ];
+        let reasons = reasons.iter().filter(|(count, _)| *count > 0);
+        reasons.map(|(count, why)| format!("{count} {why}")).collect::<Vec<_>>().join(", ")
+    }
+}
+
 /// A vote, or the withdrawal of one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Vote {
