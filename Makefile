@@ -6,11 +6,11 @@ PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
-.PHONY: help setup build test demo bench lint check-docs
+.PHONY: help setup build test demo bench lint check-docs check-browser
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: ## install what is missing (GStreamer and its development files, by apt)
 	@scripts/setup.sh
@@ -34,3 +34,8 @@ lint: setup ## format, clippy, documentation, licences
 check-docs: setup ## run the commands of the documentation, check its links and options
 	cargo build --locked --workspace --bins --quiet
 	@scripts/check-docs.py
+
+check-browser: setup ## rate explanations in a real browser (installs chromium and chromedriver by apt)
+	@scripts/setup.sh browser
+	cargo build --locked --workspace --bins --quiet
+	@tests/browser/check_rate.py

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what a build, the tests and the demo need on Debian 12, Ubuntu 22.04 or later. Does nothing where all of it
-# is there already; on other systems it says what to install.
+# is there already; on other systems it says what to install. `setup.sh browser` does the same for the browser that
+# `make check-browser` drives.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -13,6 +14,14 @@ fail() {
     printf 'setup: %s\n' "$*" >&2
     exit 1
 }
+
+if [ "${1-}" = browser ]; then
+    # Whatever package they come from.
+    for browser in chromium chromium-browser google-chrome; do
+        if command -v "$browser" >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi
+    done
+    packages="chromium chromium-driver"
+fi
 
 # The Rust toolchain is the user's own: it is checked, never installed.
 needed_rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -42,6 +51,10 @@ if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
     exit 0
 fi
 
+[ "${1-}" != browser ] || fail "chromium and chromedriver were not found. Install them:
+  Fedora         chromium chromedriver
+  Arch Linux     chromium
+  macOS (brew)   chromium, chromedriver"
 command -v cc >/dev/null || fail "a C linker (cc) was not found: install gcc or clang"
 command -v pkg-config >/dev/null || fail "pkg-config was not found: install it (pkg-config or pkgconf)"
 for library in gstreamer-1.0 gstreamer-app-1.0 gstreamer-video-1.0; do

@@ -11,6 +11,7 @@ pub mod http;
 pub mod judge;
 pub mod merge;
 pub mod quantise;
+pub mod rate;
 pub mod reward;
 pub mod sentences;
 pub mod train;

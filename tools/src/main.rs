@@ -10,6 +10,7 @@ use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
 use candor_tools::reward::command::{self as reward, RewardArgs};
 use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
+use candor_tools::rate::{self, RateArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -39,6 +40,8 @@ enum Command {
     Reward(RewardArgs),
     /// Serve the rewards over HTTP to trainers that run elsewhere.
     RewardServer(RewardServerArgs),
+    /// Serve a page where people compare two explanations of the same clip.
+    Rate(RateArgs),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::EvalVerifier(args) => eval_verifier::run(&args),
         Command::Reward(args) => reward::run(&args),
         Command::RewardServer(args) => reward_server::run(&args),
+        Command::Rate(args) => rate::run(&args),
     };
     exit_code("candor-tools", result)
 }

@@ -229,7 +229,7 @@ impl Extractor {
 }
 
 /// The pictures of a folder in the order of the numbers in their names: "2.jpg" goes before "10.jpg".
-pub(super) fn pictures_of(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+pub(crate) fn pictures_of(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut pictures = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();

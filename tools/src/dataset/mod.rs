@@ -21,6 +21,7 @@ use crate::data::faces::{Faces, FacesError};
 use crate::data::rationale::Cue;
 use entry::Entry;
 pub(crate) use entry::kind;
+pub(crate) use extractor::pictures_of;
 pub use extractor::{ClipError, Extractor};
 pub use features::{ClipFeatures, FeatureCache};
 pub use problem::{Problem, ProblemKind, Problems};

@@ -61,7 +61,7 @@ pub(super) fn resample<T: Default>(n: usize, mut add: impl FnMut(usize, &mut T))
 }
 
 /// The middle of some values, by the percentiles that numpy gives by default: linear between neighbours.
-pub(super) fn interval(mut values: Vec<f64>) -> Option<Interval> {
+pub(crate) fn interval(mut values: Vec<f64>) -> Option<Interval> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
     let at = |share: f64| {

@@ -141,7 +141,7 @@ fn create(path: &Path) -> anyhow::Result<BufWriter<File>> {
 }
 
 /// Every photograph of a part of a faces file.
-fn photographs(file: &Path, part: &str) -> anyhow::Result<Dataset> {
+pub(crate) fn photographs(file: &Path, part: &str) -> anyhow::Result<Dataset> {
     let files = FacesFiles::default();
     let faces = files.part(file, part)?;
     let fold = |class: &String| {
@@ -162,7 +162,7 @@ fn photographs(file: &Path, part: &str) -> anyhow::Result<Dataset> {
 }
 
 /// An id that is a clip's path may stand in many entries; records are told apart by their ids.
-fn make_unique(items: &mut [Item]) {
+pub(crate) fn make_unique(items: &mut [Item]) {
     let mut times: HashMap<String, usize> = HashMap::new();
     items.iter().for_each(|item| *times.entry(item.id.clone()).or_default() += 1);
     for item in items {
