@@ -8,9 +8,9 @@ use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
+use candor_tools::rate::{self, RateArgs};
 use candor_tools::reward::command::{self as reward, RewardArgs};
 use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
-use candor_tools::rate::{self, RateArgs};
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
