@@ -328,9 +328,11 @@ async fn undo(State(rating): State<Arc<Rating>>, headers: HeaderMap, body: Bytes
 
 async fn clip(
     State(rating): State<Arc<Rating>>,
-    Path((token, number)): Path<(String, usize)>,
+    Path((token, number)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
+    // What is no number names no picture either.
+    let number = number.parse().unwrap_or(usize::MAX);
     waiting(move || rating.clips.serve(&token, number, &headers)).await
 }
 
