@@ -181,12 +181,12 @@ fn samples(faces: &Faces, emotions: &[Emotion], args: &FacesArgs, noisy: bool) -
         true => hasty::readings(&faces.labels, faces.classes.len(), &faces.cues, WRONG_SHARE),
         false => vec![None; faces.len()],
     };
-    for still in 0..faces.len() {
+    for (still, hasty) in hasty.into_iter().enumerate() {
+        let named = hasty.unwrap_or(usize::from(faces.labels[still]));
         for variant in 0..args.variants {
             // A stream of its own for every rationale: the order and number of others do not change it.
             let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
             rng.set_stream(((still * args.variants + variant) * 2 + usize::from(noisy)) as u64);
-            let named = hasty[still].unwrap_or(usize::from(faces.labels[still]));
             samples.push(Sample {
                 still,
                 label: faces.label(still).to_string(),

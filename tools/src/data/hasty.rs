@@ -64,7 +64,7 @@ mod tests {
         // Two classes, told apart by the mouth's corners; every tenth photograph of each has those of the other.
         let cues = |i: usize| {
             let mut cues = [0.0; Cue::COUNT];
-            let up = (i % 2 == 0) != (i % 20 < 2);
+            let up = i.is_multiple_of(2) != (i % 20 < 2);
             cues[Cue::MouthCornerLift as usize] = if up { 1.0 } else { -1.0 } + (i % 7) as f32 * 0.01;
             Some(cues)
         };
