@@ -429,7 +429,7 @@ fn folder() -> tempfile::TempDir {
     };
     let lines: String = (0..5).map(|row| line(row, "")).collect();
     fs::write(at("all.jsonl"), &lines).unwrap();
-    fs::write(at("asked.jsonl"), line(1, ", \"prompt\": \"<video>\nWhat does this person feel?\"")).unwrap();
+    fs::write(at("asked.jsonl"), line(1, ", \"prompt\": \"<video>\\nWhat does this person feel?\"")).unwrap();
     fs::create_dir(at("black")).unwrap();
     fs::write(at("black/1.png"), page::png(&[0; 64 * 64], 64).unwrap()).unwrap();
     fs::write(at("broken.mp4"), "no video").unwrap();

@@ -8,11 +8,11 @@ use crate::eval::bootstrap::Interval;
 use crate::eval::metrics::Confusion;
 
 /// Width of a chart, in its own units.
-const WIDTH: f64 = 640.0;
+const WIDTH: f64 = 700.0;
 /// Where the bars begin: labels stand before it.
-const LEFT: f64 = 250.0;
+const LEFT: f64 = 275.0;
 /// Where they end: values stand behind it.
-const RIGHT: f64 = 500.0;
+const RIGHT: f64 = 515.0;
 /// Height of a bar with its space.
 const STEP: f64 = 20.0;
 /// Space between rows.
@@ -98,12 +98,14 @@ pub(super) fn differences(rows: &[Gap]) -> String {
 pub(super) fn confusion(confusion: &Confusion) -> String {
     const NAME: f64 = 110.0;
     const CELL: f64 = 30.0;
+    const LETTER: f64 = 6.5;
     let columns = confusion.labels.len() + 1;
     let width = (WIDTH - NAME) / columns as f64;
     let height = confusion.labels.len() as f64 * CELL + 40.0;
     let mut svg = open(height);
     for (column, name) in confusion.labels.iter().chain(&["none"]).enumerate() {
-        let (x, short) = (NAME + (column as f64 + 0.5) * width, name.get(..7).unwrap_or(name));
+        let (x, fits) = (NAME + (column as f64 + 0.5) * width, (width / LETTER) as usize);
+        let short = name.get(..fits).unwrap_or(name);
         let _ = write!(
             svg,
             "<text class=\"middle soft\" x=\"{x:.1}\" y=\"14\">{}<title>answered {}</title></text>",

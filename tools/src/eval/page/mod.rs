@@ -115,10 +115,10 @@ fn summary(runs: &[Run<'_>], comparison: Option<&Comparison>) -> String {
         section(&mut page, "Recall of each class, with 95 % intervals", &charts::bars(&rows));
     }
     for (place, run) in runs.iter().enumerate() {
-        let of = if runs.len() > 1 { ["A: ", "B: "][place] } else { "" };
+        let of = if runs.len() > 1 { ["A: truth", "B: truth"][place] } else { "Truth" };
         section(
             &mut page,
-            &format!("{of}truth (rows) and answers (columns)"),
+            &format!("{of} (rows) and answers (columns)"),
             &charts::confusion(&run.metrics.confusion),
         );
     }
