@@ -500,12 +500,36 @@ fn clips_behind_the_tower_are_seen_as_windows_are() {
 }
 
 #[test]
+fn another_instruction_is_asked_until_the_next() {
+    use candor::watch::{WatchSettings, Watcher};
+    let device = candor_kernels::cpu::CpuDevice::new(Some(1));
+    let mut watcher = Watcher::open(Path::new(&default_model()), None, device, WatchSettings::default()).unwrap();
+    let own = watcher.manifest().model.instruction.clone();
+    let config = watcher.model().config();
+    let features = vec![0.5; config.frames * config.vision.patches() * config.vision.width];
+    let mut observed = |instruction: &str| {
+        watcher.ask(instruction).unwrap();
+        let observation = watcher.observe_features("clip", 0, &features).unwrap();
+        (observation.tokens.prompt, observation.fast_probabilities, observation.rationale)
+    };
+    let first = observed(&own);
+    // Longer than the room that was made for the manifest's.
+    let long = observed(&"What does this person feel? ".repeat(20));
+    assert!(long.0 > first.0 + 100 && long.1 != first.1, "{long:?} {first:?}");
+    assert_eq!(observed(&own), first);
+}
+
+#[test]
 fn an_entrys_own_prompt_is_asked() {
     let folder = folder();
     let asked = evaluated(folder.path(), &["--data", "HERE/asked.jsonl"]).unwrap();
-    let own = evaluated(folder.path(), &["--data", "HERE/all.jsonl"]).unwrap();
-    assert_ne!(asked[0].rationale, own[1].rationale);
     assert!(asked[0].is_readable());
+    // The model cannot take this one, so it was asked.
+    let endless = "Why? ".repeat(2000);
+    let text = fs::read_to_string(folder.path().join("asked.jsonl")).unwrap();
+    fs::write(folder.path().join("endless.jsonl"), text.replace("What does this person feel?", &endless)).unwrap();
+    let error = evaluated(folder.path(), &["--data", "HERE/endless.jsonl"]).unwrap_err().to_string();
+    assert!(error.contains("entry 1 (val/1)"), "{error}");
 }
 
 #[test]

@@ -116,11 +116,7 @@ fn summary(runs: &[Run<'_>], comparison: Option<&Comparison>) -> String {
     }
     for (place, run) in runs.iter().enumerate() {
         let of = if runs.len() > 1 { ["A: truth", "B: truth"][place] } else { "Truth" };
-        section(
-            &mut page,
-            &format!("{of} (rows) and answers (columns)"),
-            &charts::confusion(&run.metrics.confusion),
-        );
+        section(&mut page, &format!("{of} (rows) and answers (columns)"), &charts::confusion(&run.metrics.confusion));
     }
     let mut table = String::from("<table><tbody>\n");
     let numbers: [(&str, fn(&Metrics) -> f64); 9] = [
