@@ -219,6 +219,12 @@ impl<D: Device> Watcher<D> {
         Ok(())
     }
 
+    /// Has the verifier remember the readings of more sentences, see [`Verifier::remembering`].
+    pub fn remembering(mut self, sentences: usize) -> Self {
+        self.verifier = self.verifier.remembering(sentences);
+        self
+    }
+
     /// The verifier, for who wants to read further sentences with it.
     pub fn verifier(&mut self) -> &mut impl SentenceClassifier {
         &mut self.verifier

@@ -7,13 +7,16 @@
 //! to the output format, so an answer is missing only where no face is seen.
 
 pub mod bootstrap;
+pub mod compare;
 pub mod metrics;
+mod page;
+pub mod paired;
 mod reader;
 pub mod record;
 pub mod tally;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,14 +42,17 @@ use tally::Measure;
 /// Seed of the order in which photographs get each other's cues.
 const SHUFFLE_SEED: u64 = 1;
 
+/// The page that is written by default.
+const PAGE: &str = "eval.html";
+
 /// `candor-tools eval`
 #[derive(Args)]
 pub struct EvalArgs {
     /// The model's folder.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", required_unless_present = "compare")]
     pub model: Option<PathBuf>,
     /// Labelled clips or photographs: a JSON list as it is published, or JSONL.
-    #[arg(long, value_name = "FILE", required_unless_present = "faces", conflicts_with = "faces")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["faces", "compare"], conflicts_with = "faces")]
     pub data: Option<PathBuf>,
     /// Labelled faces, laid out as faces48.safetensors, in the place of --data.
     #[arg(long, value_name = "FILE")]
@@ -90,9 +96,18 @@ pub struct EvalArgs {
     /// Also write one JSON line for each entry to this file.
     #[arg(long, value_name = "FILE")]
     pub records: Option<PathBuf>,
+    /// Page with charts and every rationale; by default eval.html where --data is given, else none.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Photographs that the page shows at most, those of entries with a disagreement first.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub pictures: usize,
     /// Threads, each with a model of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Hold the records of two evaluations of the same data against each other, in the place of evaluating.
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["model", "data", "faces", "records"])]
+    pub compare: Option<Vec<PathBuf>>,
 }
 
 impl EvalArgs {
@@ -114,20 +129,34 @@ impl EvalArgs {
 
 /// Runs `candor-tools eval`.
 pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    if let Some([a, b]) = args.compare.as_deref() {
+        return run_comparison(args, a, b);
+    }
     ensure!(args.threads > 0, "--threads must be at least 1");
-    // A folder that cannot be written to shows now, not after the work.
-    let records = args.records.as_ref().map(|path| create(path)).transpose()?;
+    let html = args.html.clone().or(args.data.as_ref().map(|_| PathBuf::from(PAGE)));
+    // A place that cannot be written to shows now, not after the work.
+    html.iter().chain(&args.records).try_for_each(|path| check_writable(path))?;
     let mut data = args.dataset()?;
     if let Some(limit) = args.limit {
         ensure!(limit > 0, "--limit must be at least 1");
         data.items = spread(std::mem::take(&mut data.items), limit);
     }
-    warn_of_unknown_labels(args.model()?, &data.items)?;
-    let read = evaluate(args, &data)?;
-    if let (Some(mut out), Some(path)) = (records, &args.records) {
-        record::write(&mut out, &read).with_context(|| format!("cannot write {}", path.display()))?;
+    let model = args.model()?;
+    warn_of_unknown_labels(model, &data.items)?;
+    let records = evaluate(args, &data)?;
+    if let Some(path) = &args.records {
+        write(path, |out| record::write(out, &records))?;
     }
-    let metrics = measure(&read, &args.policy.to_string());
+    let metrics = measure(&records, &args.policy.to_string());
+    if let Some(path) = &html {
+        let pictures = pictures(&data, &records, args.pictures)?;
+        let name = args
+            .adapter
+            .as_ref()
+            .map_or(model.display().to_string(), |adapter| format!("{} with {}", model.display(), adapter.display()));
+        let run = page::Run { name: &name, metrics: &metrics, records: &records };
+        write(path, |out| page::write(out, &[run], None, &pictures))?;
+    }
     if args.json {
         say(serde_json::to_string(&metrics)?)?;
     } else {
@@ -136,8 +165,55 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn create(path: &Path) -> anyhow::Result<BufWriter<File>> {
-    Ok(BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?))
+/// `--compare A B`
+fn run_comparison(args: &EvalArgs, a: &Path, b: &Path) -> anyhow::Result<()> {
+    args.html.iter().try_for_each(|path| check_writable(path))?;
+    let records = compare::read(a, b)?;
+    let names = [a, b].map(|path| path.display().to_string());
+    let comparison = compare::compare([&names[0], &names[1]], &records);
+    if let Some(path) = &args.html {
+        let metrics = [measure(&records[0], ""), measure(&records[1], "")];
+        let run = |i: usize| page::Run { name: &names[i], metrics: &metrics[i], records: &records[i] };
+        write(path, |out| page::write(out, &[run(0), run(1)], Some(&comparison), &HashMap::new()))?;
+    }
+    if args.json {
+        say(serde_json::to_string(&comparison)?)?;
+    } else {
+        compare::print(&comparison)?;
+    }
+    Ok(())
+}
+
+fn check_writable(path: &Path) -> anyhow::Result<()> {
+    let opened = OpenOptions::new().create(true).write(true).truncate(false).open(path);
+    opened.map(drop).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> anyhow::Result<()> {
+    let written = File::create(path).and_then(|file| content(&mut BufWriter::new(file)));
+    written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Photographs as PNG files by the ids of their records: at most `most`, first those where anything disagrees.
+fn pictures(data: &Dataset, records: &[Record], most: usize) -> anyhow::Result<HashMap<String, Vec<u8>>> {
+    let agrees = |record: &&Record| {
+        let read = record.read;
+        record.is_right() && read.verifier == record.answer && read.lexicon == record.answer
+    };
+    let items: HashMap<&str, &Item> = data.items.iter().map(|item| (item.id.as_str(), item)).collect();
+    let (agreeing, disagreeing): (Vec<&Record>, Vec<&Record>) = records.iter().partition(agrees);
+    let mut pictures = HashMap::new();
+    for record in disagreeing.into_iter().chain(agreeing) {
+        let Some(Media::Photograph { file, part, row }) = items.get(record.id.as_str()).map(|item| &item.media) else {
+            continue;
+        };
+        if pictures.len() >= most {
+            break;
+        }
+        let faces = data.faces.part(file, part)?;
+        pictures.insert(record.id.clone(), page::png(faces.image(*row), faces.side)?);
+    }
+    Ok(pictures)
 }
 
 /// Every photograph of a part of a faces file.

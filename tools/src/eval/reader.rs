@@ -14,6 +14,9 @@ use crate::dataset::extractor::ClipError;
 use crate::dataset::{Dataset, Extractor, FeatureCache, Item};
 use crate::judge::{Lexicon, verifier};
 
+/// Sentences whose reading a thread remembers, some 15 MB.
+const REMEMBERED: usize = 60_000;
+
 /// What became of an item.
 pub(super) enum Outcome {
     /// It was evaluated.
@@ -39,7 +42,7 @@ impl<'a> Reader<'a> {
         // The extractor finds faces; the watcher takes what the tower made of them.
         let settings = WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch) };
         let device = CpuDevice::new(Some(1));
-        let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?;
+        let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
         if let Some(adapter) = &args.adapter {
             watcher.adapt(adapter)?;
         }

@@ -239,6 +239,28 @@ impl Measure {
         tally.share(part, whole)
     }
 
+    /// Whether it is true or not of each record by itself.
+    pub(super) fn is_of_each_record(self) -> bool {
+        !matches!(
+            self,
+            Measure::Uar | Measure::CueAccuracy | Measure::CueAccuracyShuffled | Measure::Tokens | Measure::ExtraTokens
+        )
+    }
+
+    /// Of how many records it is true in `a` alone and in `b` alone, where it is of each record.
+    pub(super) fn discordant(self, a: &[Row], b: &[Row]) -> [u64; 2] {
+        let column = self.column() as usize;
+        let mut only = [0; 2];
+        for (a, b) in a.iter().zip(b) {
+            match (a.counts[column] > 0, b.counts[column] > 0) {
+                (true, false) => only[0] += 1,
+                (false, true) => only[1] += 1,
+                _ => {}
+            }
+        }
+        only
+    }
+
     /// What it takes the mean of, where it is a mean over records.
     fn column(self) -> Column {
         match self {

@@ -173,7 +173,7 @@ const WORDS: &[(Emotion, &str)] = &[
         "surpris*, astonish*, amaz*, shock*, startl*, disbelief, disbelieving*, unexpected*, bewilder*, wonder, \
          wonderment, stunn*, taken aback, dumbfound*, astound*, incredul*, sudden start, unaware, unawares, stupef*, \
          bolt from the blue, out of the blue, unforeseen, flabbergast*, speechless*, off guard, thunderstruck, jolt, \
-         jolts, jolted, stagger*, dazed, blown away, ~floored, awestruck, awe, unprepared, agape, dumbstruck, \
+         jolts, jolted, stagger*, dazed, blown away, ~floored, awestruck, awe, unprepared, agape with, agape in, dumbstruck, \
          gobsmack*, wide eyed, nonpluss*, did not expect, didnt expect, not expect*, never expect*, expected nothing, \
          out of their wits, perplex*, baffle*, gasp*, open mouthed, marvel*, confound*, stupor, caught by",
     ),
@@ -200,17 +200,20 @@ const WORDS: &[(Emotion, &str)] = &[
     (
         Emotion::Helplessness,
         "helpless*, powerless*, hopeless*, despair*, desperat*, defeated, overwhelm*, resign(ed|ation), lost and, \
-         vulnerab*, defenceless*, defenseless*, at their wits end, surrender*, impoten*, no way out",
+         vulnerab*, defenceless*, defenseless*, at their wits end, surrender*, impoten*, no way out, trapped, \
+         giving up, gives up, given up, stranded, cornered, weakness, futil*, paralys*, paralyz*, incapab*",
     ),
     (
         Emotion::Disappointment,
-        "disappoint*, let down, letdown, disillusion*, dissatisf*, dismay*, disenchant*, discourag*, unfulfilled, \
-         chagrin*, frustrated hope*",
+        "disappoint*, let down, lets down, letting down, letdown, disillusion*, dissatisf*, dismay*, disenchant*, \
+         discourag*, unfulfilled, chagrin*, frustrated hope*, dashed hope*, hopes dashed, underwhelm*, unsatisf*, \
+         unimpressed, anticlima*, fell short, falls short, expected more, hoped for more, deflated, disaffected, \
+         failed to live up",
     ),
     (
         Emotion::Contempt,
         "contempt*, disdain*, scorn*, sneer*, smirk*, derisi*, deride*, mock*, ridicul*, condescen*, haught*, arrogan*, \
-         superiority, dismissive*, despis*, look down on, looks down on, looking down on, belittl*, patroni*, snide, \
+         superiority, dismissive*, despis*, snobb*, snort*, smug*, cynic*, sarcas*, disrespect*, look down on, looks down on, looking down on, belittl*, patroni*, snide, \
          supercilious",
     ),
 ];
@@ -495,6 +498,7 @@ mod tests {
     #[test]
     fn what_is_seen_of_a_face_names_nothing() {
         let lexicon = Lexicon::new();
+        let mut named = std::collections::BTreeSet::new();
         let mut random = ChaCha8Rng::seed_from_u64(4);
         for _ in 0..4000 {
             for bank in [Bank::Train, Bank::HeldOut] {
@@ -505,11 +509,10 @@ mod tests {
                     unmeasured_sentence(&mut random, bank),
                     scene_sentence(&mut random),
                 ];
-                for text in texts {
-                    assert_eq!(lexicon.named(&text), [], "{text}");
-                }
+                named.extend(texts.into_iter().filter(|text| !lexicon.named(text).is_empty()));
             }
         }
+        assert!(named.is_empty(), "{named:#?}");
     }
 
     #[test]
@@ -582,7 +585,7 @@ mod tests {
         let mut owners: HashMap<String, Emotion> = HashMap::new();
         for (emotion, list) in WORDS {
             let terms: Vec<String> = list.split(", ").flat_map(|term| alternatives(term.trim())).collect();
-            assert!(terms.len() >= 15, "{emotion:?} has {}", terms.len());
+            assert!(terms.len() >= 24, "{emotion:?} has {}", terms.len());
             for term in terms {
                 assert!(!term.is_empty() && term == term.to_lowercase(), "{term:?}");
                 if let Some(other) = owners.insert(term.clone(), *emotion) {
