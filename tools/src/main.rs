@@ -8,6 +8,7 @@ use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
+use candor_tools::train::tuning::course::Stopped;
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -44,5 +45,11 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
     };
-    exit_code("candor-tools", result)
+    match result {
+        Err(error) if error.is::<Stopped>() => {
+            eprintln!("candor-tools: {error}");
+            ExitCode::from(Stopped::EXIT_CODE)
+        }
+        result => exit_code("candor-tools", result),
+    }
 }
