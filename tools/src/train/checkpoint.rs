@@ -3,7 +3,6 @@
 
 use super::optimiser::AdamW;
 use candle_core::Tensor;
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -109,26 +108,27 @@ pub fn resume(path: &Path, recipe: &str, values: &mut [f32], optimiser: &mut Ada
     }
     let mut header = vec![0; header_length as usize];
     file.read_exact(&mut header).map_err(short)?;
-    let (_, header) =
-        SafeTensors::read_metadata(&[&start[..], &header].concat()).map_err(|error| foreign(error.to_string()))?;
-    let about = header.metadata().as_ref().ok_or_else(|| foreign("it has no description".into()))?;
-    let written = about.get("recipe").map_or("", String::as_str);
+    let header: Map<String, Value> = serde_json::from_slice(&header).map_err(|error| foreign(error.to_string()))?;
+    let about = |key: &str| header.get("__metadata__").and_then(|about| about.get(key)?.as_str());
+    let written = about("recipe").ok_or_else(|| foreign("it has no description".into()))?;
     if written != recipe {
         return Err(foreign(format!("it was made with {written:?}, this run has {recipe:?}")));
     }
-    let steps = about.get("steps").and_then(|steps| steps.parse().ok());
+    let steps = about("steps").and_then(|steps| steps.parse().ok());
     let steps = steps.ok_or_else(|| foreign("it has no step".into()))?;
     let tensors = [("values", values), ("first", &mut optimiser.first[..]), ("second", &mut optimiser.second[..])];
     if body - header_length != tensors.iter().map(|(_, slice)| 4 * slice.len() as u64).sum::<u64>() {
         return Err(foreign("it is cut off, or of other sizes".into()));
     }
     for (name, slice) in tensors {
-        let info = header.info(name).ok_or_else(|| foreign(format!("it has no {name}")))?;
-        let (begin, end) = info.data_offsets;
-        if info.dtype != Dtype::F32 || end - begin != slice.len() * 4 {
+        let info = header.get(name).ok_or_else(|| foreign(format!("it has no {name}")))?;
+        let offset = |index: usize| info.get("data_offsets").and_then(|offsets| offsets.get(index)?.as_u64());
+        let (begin, end) = (offset(0).unwrap_or(u64::MAX), offset(1).unwrap_or(0));
+        let long = 4 * slice.len() as u64;
+        if info.get("dtype").and_then(Value::as_str) != Some("F32") || end.checked_sub(begin) != Some(long) {
             return Err(foreign(format!("{name} is not {} numbers", slice.len())));
         }
-        file.seek(SeekFrom::Start(8 + header_length + begin as u64)).map_err(io)?;
+        file.seek(SeekFrom::Start(8 + header_length + begin)).map_err(io)?;
         let mut bytes = vec![0; 4 * PIECE];
         for piece in slice.chunks_mut(PIECE) {
             let bytes = &mut bytes[..4 * piece.len()];

@@ -98,7 +98,7 @@ fn a_verifier_that_breaks() {
 #[test]
 fn numbers_that_overflow() {
     let place = Place::new();
-    let message = fail(place.grpo("run").args(["--rate", "1e30"]), 1);
+    let message = fail(&mut place.grpo_with("run", &["--rate", "1e30", "--steps", "6"]), 1);
     assert!(message.contains("step 2: "), "{message}");
     assert!(message.contains("a lower --rate and another --out"), "{message}");
     assert!(message.contains("the checkpoint of step 1 stays as it is"), "{message}");
@@ -135,12 +135,14 @@ fn a_clip_that_vanishes() {
     let entry =
         json!({"id": "the portrait", "video": "clip", "solution": "<think>She smiles.</think><answer>happy</answer>"});
     fs::write(place.path("tuning.json"), entry.to_string()).unwrap();
-    let tune = |out: &str| {
-        let mut command = place.tune(out);
-        command.args(["--batch", "1", "--threads", "1", "--steps", "60"]);
+    let tune = |out: &str, options: &[&str]| {
+        let mut command = place.train("tune", "tuning.json", out);
+        command
+            .args(["--batch", "1", "--threads", "1", "--steps", "5000", "--schedule", "constant", "--save-every", "0"])
+            .args(options);
         command
     };
-    let mut child = tune("run").spawn().unwrap();
+    let mut child = tune("run", &[]).spawn().unwrap();
     wait_until(&mut child, || place.kept("run") > 1);
     fs::rename(&clip, place.path("elsewhere")).unwrap();
     let output = child.wait_with_output().unwrap();
@@ -152,11 +154,14 @@ fn a_clip_that_vanishes() {
         assert!(message.contains(&part), "{part:?} in {message}");
     }
     // As long as it is away nothing runs; when it is back, the run goes on.
-    let message = fail(&mut tune("run"), 1);
-    assert!(message.contains("none of 1 entries") || said.contains("there is no"), "{message}");
+    let output = tune("run", &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(super::said(&output).contains("there is no"), "{}", super::said(&output));
     fs::rename(place.path("elsewhere"), &clip).unwrap();
-    succeed(&mut tune("run"));
-    succeed(&mut tune("whole"));
+    let end = (kept + 2).to_string();
+    for out in ["run", "whole"] {
+        fail(&mut tune(out, &["--stop-after", &end]), 130);
+    }
     place.result("run").expect(&place.result("whole"), "with the clip back");
 }
 

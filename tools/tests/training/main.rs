@@ -58,22 +58,27 @@ impl Place {
 
     /// A reward fine-tuning of six small steps that changes the weights in each, with a checkpoint after every one.
     fn grpo(&self, out: &str) -> Command {
+        self.grpo_with(out, &["--rate", "1e-3", "--steps", "6"])
+    }
+
+    /// The same with another rate and other steps.
+    fn grpo_with(&self, out: &str, options: &[&str]) -> Command {
         let mut command = self.train("grpo", "rewards.jsonl", out);
         command.args(["--prompts", "2", "--group", "4", "--max-new-tokens", "80", "--temperature", "1.2"]);
-        command.args(["--groundedness-weight", "1", "--rate", "1e-3", "--steps", "6"]);
+        command.args(["--groundedness-weight", "1", "--save-every", "0"]).args(options);
         command
     }
 
     /// A supervised tuning of eight small steps.
     fn tune(&self, out: &str) -> Command {
         let mut command = self.train("tune", "tuning.json", out);
-        command.args(["--batch", "4", "--steps", "8"]);
+        command.args(["--batch", "4", "--steps", "8", "--save-every", "0"]);
         command
     }
 
     fn train(&self, what: &str, data: &str, out: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_candor-tools"));
-        command.args(["train", what, "--save-every", "0"]);
+        command.args(["train", what]);
         for (option, path) in [
             ("--model", models("default")),
             ("--data", self.path(data)),
@@ -98,7 +103,7 @@ impl Place {
             line.retain(|key, _| !key.ends_with("_per_s"));
             line
         });
-        let parts: Vec<_> = files(&folder).into_iter().filter(|file| file.ends_with(".part")).collect();
+        let parts = [parts(&folder), parts(&folder.join("model"))].concat();
         assert!(parts.is_empty(), "left behind: {parts:?}");
         RunResult {
             weights,
@@ -158,18 +163,14 @@ fn write_faces(path: &Path) {
     fs::write(path, safetensors::serialize(views, Some(about)).unwrap()).unwrap();
 }
 
-/// Names of the files in a folder and those below.
-fn files(folder: &Path) -> Vec<String> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            all.extend(files(&path));
-        } else {
-            all.push(path.display().to_string());
-        }
-    }
-    all
+/// The files in a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).map_or_else(|_| Vec::new(), |entries| entries.map(|entry| entry.unwrap().path()).collect())
+}
+
+/// Files in a folder that are being written.
+fn parts(folder: &Path) -> Vec<PathBuf> {
+    files(folder).into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "part")).collect()
 }
 
 /// Copies a folder.
@@ -178,7 +179,11 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         let target = to.join(path.file_name().unwrap());
-        if path.is_dir() { copy(&path, &target) } else { drop(fs::copy(&path, &target).unwrap()) }
+        if path.is_dir() {
+            copy(&path, &target);
+        } else {
+            fs::copy(&path, &target).unwrap();
+        }
     }
 }
 

@@ -116,6 +116,7 @@ impl<'a> Course<'a> {
         policy: &mut Policy,
         optimiser: &mut AdamW,
     ) -> anyhow::Result<Course<'a>> {
+        remove_parts(folder).with_context(|| format!("{}", folder.display()))?;
         let state = folder.join("state.safetensors");
         let resumed = checkpoint::resume(&state, &described.recipe, policy.trained_mut(), optimiser)?;
         let done = optimiser.steps / described.updates.max(1);
@@ -198,6 +199,17 @@ impl<'a> Course<'a> {
         }
         anyhow!("step {}: {what}; {}", step + 1, resumes(self.kept))
     }
+}
+
+/// Removes what a run that was killed in the midst of writing has left.
+fn remove_parts(folder: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "part") {
+            std::fs::remove_file(path)?;
+        }
+    }
+    Ok(())
 }
 
 /// From where a run goes on.
