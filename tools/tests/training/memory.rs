@@ -9,6 +9,7 @@ const TOLERANCE: f64 = 0.15;
 fn check(name: &str, command: &mut Command) {
     let said = succeed(command);
     let line = said.lines().find(|line| line.contains("peak memory")).unwrap();
+    println!("{name}: {line}");
     let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     let [measured, planned] = numbers[..] else { panic!("{line}") };
     assert!(measured > 250.0, "{name}: training must take the most of {measured} MB");
