@@ -1,7 +1,7 @@
 //! What a run needs of memory at its peak, computed from shapes alone.
 
 use super::settings::GrpoArgs;
-use super::worker::SLOTS;
+use super::worker::{REMEMBERED, SLOTS};
 use crate::dataset::{Item, Media};
 use crate::train::decoder::{Decoder, DecoderSize};
 use crate::train::parameters::Plan;
@@ -20,6 +20,11 @@ const PROGRAM: usize = 12 << 20;
 /// Tokenizers, the face detector, packed panels of the matrix products, and the activations of towers, projector and
 /// verifier, a thread.
 const THREAD: usize = 14 << 20;
+
+/// A sentence that the verifier remembers: its text, 28 probabilities and their place in a table.
+const SENTENCE: usize = 260;
+/// Sentences of a completion, about.
+const SENTENCES: usize = 4;
 
 /// Sizes that decide what a run needs.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +57,8 @@ pub struct Shapes {
     pub mapped: usize,
     /// Bytes of the model's weights as they are stored.
     pub model: usize,
+    /// Sentences that the verifiers come to remember.
+    pub sentences: usize,
     /// Bytes of the faces files that photographs are of.
     pub photographs: usize,
 }
@@ -94,6 +101,7 @@ pub fn parts(shapes: &Shapes) -> Vec<(&'static str, usize)> {
         ("writing what has been trained", writing),
         ("rollouts: key-value caches and logits", usize::from(shapes.rollouts) * threads * (rollouts + features) * F32),
         ("training: activations and logits", threads * training * F32),
+        ("sentences that the verifiers remember", shapes.sentences * SENTENCE),
         ("photographs", shapes.photographs),
         ("the program", PROGRAM + threads * THREAD),
     ]
@@ -106,6 +114,7 @@ struct Wanted {
     prompts: usize,
     rollouts: bool,
     reference: bool,
+    sentences: usize,
 }
 
 /// The shapes of a reward fine-tuning.
@@ -116,13 +125,22 @@ pub fn of_rewards(
     verifier: Option<&Path>,
 ) -> anyhow::Result<Shapes> {
     let (group, prompts) = (args.group, args.prompts);
-    let wanted = Wanted { new_tokens: max_new_tokens, group, prompts, rollouts: true, reference: args.beta > 0.0 };
+    let said = (args.steps(items.len()) as usize).saturating_mul(prompts * group * SENTENCES);
+    let wanted = Wanted {
+        new_tokens: max_new_tokens,
+        group,
+        prompts,
+        rollouts: true,
+        reference: args.beta > 0.0,
+        sentences: said.min(args.tuning.threads * REMEMBERED),
+    };
     of(&args.input.model, &args.tuning, items, wanted, verifier)
 }
 
 /// The shapes of a supervised tuning whose longest completion has `tokens` tokens: no rollouts, no groups, no verifier.
 pub fn of_tuning(args: &TuneArgs, items: &[Item], tokens: usize) -> anyhow::Result<Shapes> {
-    let wanted = Wanted { new_tokens: tokens, group: 1, prompts: args.batch, rollouts: false, reference: false };
+    let wanted =
+        Wanted { new_tokens: tokens, group: 1, prompts: args.batch, rollouts: false, reference: false, sentences: 0 };
     of(&args.input.model, &args.tuning, items, wanted, None)
 }
 
@@ -164,6 +182,7 @@ fn of(
         checkpointing: tuning.checkpointing,
         mapped: used?.iter().sum::<usize>() + verifier.map_or(0, mapped),
         model: checkpoint.mapped_bytes(),
+        sentences: wanted.sentences,
         photographs: files.iter().map(|file| file.metadata().map_or(0, |about| about.len() as usize)).sum(),
     })
 }

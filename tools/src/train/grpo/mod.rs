@@ -58,7 +58,7 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     let mut policy = Policy::open(&input.model, tuning.lora()?, args.beta > 0.0, tuning.seed)?;
     policy.decoder.set_temperature(args.temperature);
     let mut optimiser = AdamW::new(policy.plan(), tuning.weight_decay);
-    let steps = args.steps.unwrap_or((args.passes * data.items.len() as f64 / args.prompts as f64).ceil() as u64);
+    let steps = args.steps(data.items.len());
     let about = json!({
         "command": "train grpo",
         "model": input.model,

@@ -139,6 +139,11 @@ impl GrpoArgs {
         self.clip_high.unwrap_or(self.clip_low)
     }
 
+    /// Steps over so many entries.
+    pub fn steps(&self, entries: usize) -> u64 {
+        self.steps.unwrap_or((self.passes * entries as f64 / self.prompts as f64).ceil() as u64)
+    }
+
     /// Learning rate at its peak.
     pub fn rate(&self) -> f32 {
         self.rate.unwrap_or(if self.tuning.full { FULL_RATE } else { LORA_RATE })
