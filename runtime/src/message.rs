@@ -32,7 +32,7 @@ where
 }
 
 /// An error and its causes in one line, outermost first. A cause that the message before it quotes already is left out.
-fn one_line(error: &(dyn Error + 'static)) -> String {
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -11,6 +11,7 @@ use candor_tools::merge::{self, MergeArgs};
 use candor_tools::rate::{self, RateArgs};
 use candor_tools::reward::command::{self as reward, RewardArgs};
 use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
+use candor_tools::train::tuning::course::Stopped;
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
 
@@ -56,5 +57,11 @@ fn main() -> ExitCode {
         Command::RewardServer(args) => reward_server::run(&args),
         Command::Rate(args) => rate::run(&args),
     };
-    exit_code("candor-tools", result)
+    match result {
+        Err(error) if error.is::<Stopped>() => {
+            eprintln!("candor-tools: {error}");
+            ExitCode::from(Stopped::EXIT_CODE)
+        }
+        result => exit_code("candor-tools", result),
+    }
 }

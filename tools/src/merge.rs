@@ -150,7 +150,11 @@ fn copy_folder(from: &Path, to: &Path, without: &[PathBuf]) -> anyhow::Result<()
             std::fs::create_dir_all(to.join(name))?;
             copy_folder(&path, &to.join(name), &[])?;
         } else if !without.contains(&path) && name != candor::manifest::FILE_NAME {
-            std::fs::copy(&path, to.join(name)).with_context(|| format!("{}", path.display()))?;
+            let target = to.join(name);
+            let mut part = target.clone().into_os_string();
+            part.push(".part");
+            let copied = std::fs::copy(&path, &part).and_then(|_| std::fs::rename(&part, &target));
+            copied.with_context(|| format!("{} to {}", path.display(), target.display()))?;
         }
     }
     Ok(())

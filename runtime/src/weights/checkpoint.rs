@@ -124,7 +124,7 @@ impl Checkpoint {
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors: BTreeMap<String, Located> = BTreeMap::new();
         for path in paths {
-            let bytes: Bytes = Arc::new(Mapping::open(&path)?);
+            let bytes: Bytes = Mapping::open(&path)?;
             for entry in header::read(&path, (*bytes).as_ref())? {
                 if tensors.contains_key(&entry.name) {
                     let reason = "another shard holds it too";

@@ -245,7 +245,15 @@ fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     static WRITTEN: AtomicUsize = AtomicUsize::new(0);
     let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
     let part = path.with_extension(format!("{}-{number}.part", std::process::id()));
-    let written = File::create(&part)
+    let create = || match (File::create(&part), path.parent()) {
+        // Somebody has tidied up in the midst of a run.
+        (Err(error), Some(folder)) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(folder)?;
+            File::create(&part)
+        }
+        (file, _) => file,
+    };
+    let written = create()
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&part, path));
     if written.is_err() {

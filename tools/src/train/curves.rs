@@ -1,14 +1,17 @@
 //! What a training shows of itself: a progress bar, one JSON line a measurement in `metrics.jsonl`, and the curves
 //! as a picture, `curves.svg`.
 
+use super::checkpoint::write_atomically;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde_json::{Map, Value};
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+/// Name of the file of measurements.
+const FILE_NAME: &str = "metrics.jsonl";
 /// Measurements that one point of a curve averages.
 const SMOOTHING: usize = 20;
 
@@ -23,25 +26,28 @@ pub struct RunLog {
 impl RunLog {
     /// Opens (or, from step `done` of a run cut off, goes on with) the log in a folder.
     pub fn open(folder: &Path, done: u64, total: u64) -> anyhow::Result<Self> {
-        let path = folder.join("metrics.jsonl");
+        let path = folder.join(FILE_NAME);
+        let before = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error).with_context(|| format!("{}", path.display())),
+        };
+        // Steps behind the checkpoint are done again, and a run that was killed may have left a part of a line. What is
+        // kept is kept as it was written.
         let mut lines = Vec::new();
-        if done > 0 && path.exists() {
-            let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-            let parsed = text.lines().filter_map(|line| serde_json::from_str::<Map<String, Value>>(line).ok());
-            // Steps behind the checkpoint are done again.
-            lines.extend(
-                parsed.filter(|line| line.get("step").and_then(Value::as_u64).is_some_and(|step| step <= done)),
-            );
+        let mut kept = Vec::with_capacity(before.len());
+        for line in before.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n") && done > 0) {
+            let Ok(parsed) = serde_json::from_slice::<Map<String, Value>>(line) else { continue };
+            if parsed.get("step").and_then(Value::as_u64).is_some_and(|step| step <= done) {
+                kept.extend_from_slice(line);
+                lines.push(parsed);
+            }
         }
-        let mut file = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .open(&path)
-            .with_context(|| format!("{}", path.display()))?;
-        for line in &lines {
-            writeln!(file, "{}", Value::Object(line.clone()))?;
+        if kept != before {
+            write_atomically(&path, &kept)?;
         }
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.with_context(|| format!("{}", path.display()))?;
         let bar = ProgressBar::new(total);
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} left {eta} {msg}")?);
         bar.set_position(done);
@@ -55,9 +61,17 @@ impl RunLog {
         if let Value::Object(map) = measurement {
             line.extend(map);
         }
-        writeln!(self.file, "{}", Value::Object(line.clone()))?;
+        // In one piece, so that a run that is killed leaves whole lines behind, but for the last at worst.
+        let text = format!("{}\n", Value::Object(line.clone()));
+        let written = self.file.write_all(text.as_bytes());
+        written.with_context(|| format!("cannot write {}", self.folder.join(FILE_NAME).display()))?;
         self.lines.push(line);
         Ok(())
+    }
+
+    /// Waits until all measurements are on the disk.
+    pub fn sync(&self) -> anyhow::Result<()> {
+        self.file.sync_data().with_context(|| format!("cannot write {}", self.folder.join(FILE_NAME).display()))
     }
 
     /// What has been measured.
@@ -91,35 +105,37 @@ impl RunLog {
         let losses = smooth(&self.curve("loss"), SMOOTHING);
         let last = self.lines.iter().filter_map(|line| line.get("step")?.as_f64()).fold(1.0, f64::max);
         let top = losses.iter().map(|point| point.1).fold(0.1, f64::max) * 1.05;
-        let path = self.folder.join("curves.svg");
-        let area = SVGBackend::new(&path, (900, 640)).into_drawing_area();
-        area.fill(&WHITE)?;
-        let (upper, lower) = area.split_vertically(320);
-        let mut chart = ChartBuilder::on(&upper)
-            .caption(format!("{title}: training loss"), ("sans-serif", 18))
-            .margin(10)
-            .x_label_area_size(30)
-            .y_label_area_size(50)
-            .build_cartesian_2d(0.0..last, 0.0..top)?;
-        chart.configure_mesh().x_desc("step").draw()?;
-        chart.draw_series(LineSeries::new(losses, BLUE.stroke_width(2)))?;
-        let mut chart = ChartBuilder::on(&lower)
-            .caption("validation", ("sans-serif", 18))
-            .margin(10)
-            .x_label_area_size(30)
-            .y_label_area_size(50)
-            .build_cartesian_2d(0.0..last, 0.0..1.0)?;
-        chart.configure_mesh().x_desc("step").draw()?;
-        for (index, key) in measures.iter().enumerate() {
-            let colour = Palette99::pick(index).to_rgba();
-            chart
-                .draw_series(LineSeries::new(self.curve(key), colour.stroke_width(2)))?
-                .label(*key)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+        let mut svg = String::new();
+        {
+            let area = SVGBackend::with_string(&mut svg, (900, 640)).into_drawing_area();
+            area.fill(&WHITE)?;
+            let (upper, lower) = area.split_vertically(320);
+            let mut chart = ChartBuilder::on(&upper)
+                .caption(format!("{title}: training loss"), ("sans-serif", 18))
+                .margin(10)
+                .x_label_area_size(30)
+                .y_label_area_size(50)
+                .build_cartesian_2d(0.0..last, 0.0..top)?;
+            chart.configure_mesh().x_desc("step").draw()?;
+            chart.draw_series(LineSeries::new(losses, BLUE.stroke_width(2)))?;
+            let mut chart = ChartBuilder::on(&lower)
+                .caption("validation", ("sans-serif", 18))
+                .margin(10)
+                .x_label_area_size(30)
+                .y_label_area_size(50)
+                .build_cartesian_2d(0.0..last, 0.0..1.0)?;
+            chart.configure_mesh().x_desc("step").draw()?;
+            for (index, key) in measures.iter().enumerate() {
+                let colour = Palette99::pick(index).to_rgba();
+                chart
+                    .draw_series(LineSeries::new(self.curve(key), colour.stroke_width(2)))?
+                    .label(*key)
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+            }
+            chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
+            area.present()?;
         }
-        chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
-        area.present()?;
-        Ok(())
+        Ok(write_atomically(&self.folder.join("curves.svg"), svg.as_bytes())?)
     }
 }
 
@@ -167,4 +183,40 @@ pub fn chart(title: &str, curves: &[(&str, Vec<(f64, f64)>)]) -> anyhow::Result<
         area.present()?;
     }
     Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_log_goes_on_behind_the_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let mut log = RunLog::open(folder.path(), 0, 5).unwrap();
+        for step in 1..=4 {
+            log.write(step, json!({"loss": 0.1 + 0.2 / step as f64})).unwrap();
+        }
+        drop(log);
+        let whole = fs::read_to_string(&path).unwrap();
+        // Killed in the midst of a line, with a checkpoint of step 3.
+        fs::write(&path, format!("{whole}{{\"step\":5,\"lo")).unwrap();
+        let mut log = RunLog::open(folder.path(), 3, 5).unwrap();
+        assert_eq!(log.lines().len(), 3);
+        let first_three: String = whole.split_inclusive('\n').take(3).collect();
+        assert_eq!(fs::read_to_string(&path).unwrap(), first_three);
+        log.write(4, json!({"loss": 0.1 + 0.2 / 4.0})).unwrap();
+        log.sync().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), whole, "as if nothing had happened");
+        assert_eq!(log.curve("loss").len(), 4);
+        // Bytes that are no text, as a crash of the system leaves them, and a whole line without its end.
+        fs::write(&path, [whole.as_bytes(), b"\x00\xff\x00\n{\"step\":2}"].concat()).unwrap();
+        assert_eq!(RunLog::open(folder.path(), 9, 9).unwrap().lines().len(), 4);
+        assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+        // Without a checkpoint all begins anew.
+        assert!(RunLog::open(folder.path(), 0, 5).unwrap().lines().is_empty());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
 }

@@ -66,6 +66,7 @@ pub struct Decoder {
     head: Range<usize>,
     rotary: Rotary,
     lora: Option<Lora>,
+    temperature: f32,
 }
 
 /// Values of the parameters: those of the decoder, and those of the factors beside it; without these the decoder is as
@@ -303,7 +304,7 @@ impl Decoder {
             false => plan.add("lm_head.weight", &[size.vocabulary, width], Treatment { decay: true, rate: 1.0 }),
         };
         let rotary = Rotary::new(positions, size.head_dim, size.theta);
-        Self { size, embedding, layers, norm, head, rotary, lora: None }
+        Self { size, embedding, layers, norm, head, rotary, lora: None, temperature: 1.0 }
     }
 
     /// Puts low-rank factors beside the projections that the settings name.
@@ -326,6 +327,11 @@ impl Decoder {
         }
         self.lora = Some(lora);
         self
+    }
+
+    /// Takes the decoder for the policy that divides its logits by `temperature`, as rollouts are drawn from.
+    pub fn set_temperature(&mut self, temperature: f32) {
+        self.temperature = temperature;
     }
 
     /// The factors beside the weights.
@@ -410,17 +416,25 @@ impl Decoder {
         ops::rms_norm(last, &weights.base[self.norm.clone()], eps, normal, scales);
     }
 
-    /// Logits after some rows of the last forward pass, `[picked, vocabulary]`.
+    /// Logits after some rows of the last forward pass, divided by the temperature, `[picked, vocabulary]`.
     pub fn logits<'a>(&self, weights: Weights<'_>, rows: &[usize], buffers: &'a mut DecoderBuffers) -> &'a mut [f32] {
         let (width, vocabulary) = (self.size.width, self.size.vocabulary);
         let picked = fit(&mut buffers.picked, rows.len() * width);
         for (out, &row) in picked.chunks_exact_mut(width).zip(rows) {
             out.copy_from_slice(&buffers.normal[row * width..][..width]);
         }
+        self.cool(picked);
         let logits = fit(&mut buffers.logits, rows.len() * vocabulary);
         let table = Matrix::transposed(&weights.base[self.head.clone()], width);
         ops::multiply(logits, rows.len(), vocabulary, width, Matrix::new(picked, width), table, false);
         logits
+    }
+
+    /// Divides by the temperature: states before the head, which divides the logits too, and their gradient.
+    fn cool(&self, states: &mut [f32]) {
+        if self.temperature != 1.0 {
+            states.iter_mut().for_each(|value| *value /= self.temperature);
+        }
     }
 
     /// Targets whose logits are computed at once.
@@ -481,6 +495,7 @@ impl Decoder {
                 let table = &mut base[self.head.clone()];
                 ops::multiply(table, vocabulary, width, count, along, Matrix::new(picked, width), true);
             }
+            self.cool(picked_gradient);
             for (row, picked) in picked_rows.iter().zip(picked_gradient.chunks_exact(width)) {
                 accumulate(&mut branch[row * width..][..width], picked);
             }
@@ -601,9 +616,10 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() {
-        for (tied, checkpointing) in [(true, false), (false, true)] {
+        for (tied, checkpointing, temperature) in [(true, false, 1.0), (false, true, 1.0), (true, false, 0.7)] {
             let mut plan = Plan::default();
-            let decoder = Decoder::new(&mut plan, DecoderSize { tied, ..SIZE }, 16);
+            let mut decoder = Decoder::new(&mut plan, DecoderSize { tied, ..SIZE }, 16);
+            decoder.set_temperature(temperature);
             let trees = [tree(3, &[3, 3]), tree(4, &[])];
             // The input rows are a tensor of the plan too, so that their gradient is checked with the others.
             let input = plan.add("x", &[13, SIZE.width], Treatment { decay: false, rate: 1.0 });
@@ -650,6 +666,23 @@ mod tests {
             let mut unused = vec![0.0; factors.len()];
             check(&factors, &mut values, &gradients, |values| run(values, &mut unused));
         }
+    }
+
+    /// Log-probabilities are those of what rollouts at a temperature draw from.
+    #[test]
+    fn a_temperature_divides_the_logits() {
+        let mut plan = Plan::default();
+        let mut decoder = Decoder::new(&mut plan, SIZE, 16);
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let values = random(plan.len(), 0.6, &mut rng);
+        let (weights, mut buffers) = (Weights::base(&values), DecoderBuffers::default());
+        decoder.forward(weights, &random(3 * SIZE.width, 1.0, &mut rng), &[tree(3, &[])], &mut buffers);
+        let logits: Vec<f32> = decoder.logits(weights, &[2], &mut buffers).iter().map(|logit| logit / 0.4).collect();
+        let total: f32 = logits.iter().map(|logit| logit.exp()).sum();
+        decoder.set_temperature(0.4);
+        let target = Target { row: 2, id: 6, weight: 1.0 };
+        let log_probability = decoder.log_probabilities(weights, &[target], &mut buffers)[0].0;
+        assert!((log_probability - (logits[6] - total.ln())).abs() < 1e-5);
     }
 
     /// Each branch gives what the same tokens give as a sequence of their own.

@@ -24,6 +24,8 @@ pub mod sft;
 mod sft_tests;
 pub mod student;
 pub mod tower;
+pub mod tune;
+pub mod tuning;
 pub mod verifier;
 
 use clap::Subcommand;
@@ -37,6 +39,8 @@ pub enum TrainCommand {
     Verifier(verifier::VerifierArgs),
     /// Train the projector, the gate and the decoder on rationales, behind a frozen tower.
     Sft(sft::SftArgs),
+    /// Tune a model's decoder on a list of clips with rationales and answers.
+    Tune(Box<tune::settings::TuneArgs>),
     /// Fine-tune a model's decoder with rewards (GRPO).
     Grpo(Box<grpo::settings::GrpoArgs>),
 }
@@ -47,6 +51,7 @@ pub fn run(command: TrainCommand) -> anyhow::Result<()> {
         TrainCommand::Tower(args) => tower::run(&args),
         TrainCommand::Verifier(args) => verifier::run(&args),
         TrainCommand::Sft(args) => sft::run(&args),
+        TrainCommand::Tune(args) => tune::run(&args),
         TrainCommand::Grpo(args) => grpo::run(&args),
     }
 }

@@ -21,6 +21,15 @@ pub enum PromptPart {
     Rows(Vec<f32>),
 }
 
+/// Positions of a prompt for a decoder of this width.
+pub fn length(prompt: &[PromptPart], width: usize) -> usize {
+    let positions = |part: &PromptPart| match part {
+        PromptPart::Tokens(ids) => ids.len(),
+        PromptPart::Rows(rows) => rows.len() / width,
+    };
+    prompt.iter().map(positions).sum()
+}
+
 /// A prompt and its completions, each at least one token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Continued {
@@ -135,12 +144,7 @@ impl Policy {
     }
 
     fn layout(&self, continued: &Continued) -> anyhow::Result<(Tree, Vec<Target>)> {
-        let width = self.decoder.size.width;
-        let length = |part: &PromptPart| match part {
-            PromptPart::Tokens(ids) => ids.len(),
-            PromptPart::Rows(rows) => rows.len() / width,
-        };
-        let shared: usize = continued.prompt.iter().map(length).sum();
+        let shared = length(&continued.prompt, self.decoder.size.width);
         ensure!(shared > 0, "the prompt is empty");
         ensure!(continued.completions.iter().all(|tokens| !tokens.is_empty()), "a completion is empty");
         // The last token of a completion is predicted, not read.
@@ -211,14 +215,15 @@ impl Policy {
     }
 
     /// Adds to `gradients` those of a loss whose derivatives by the log-probabilities are `slopes`
-    /// (`[completions][tokens]`), after [`Policy::log_probabilities`] of the model in training.
+    /// (`[completions][tokens]`), after [`Policy::log_probabilities`] of the model in training. Returns how many of the
+    /// tokens with a slope were the likeliest.
     pub fn backward(
         &self,
         continued: &Continued,
         slopes: &[Vec<f32>],
         gradients: &mut [f32],
         buffers: &mut PolicyBuffers,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<usize> {
         let width = self.decoder.size.width;
         let (tree, mut targets) = self.layout(continued)?;
         let slopes = slopes.iter().flatten();
@@ -228,18 +233,19 @@ impl Policy {
         let x_gradient = fit(&mut buffers.x_gradient, tree.rows() * width);
         let trees = [tree];
         let decoder = &mut buffers.decoder;
+        let right;
         if self.decoder.lora().is_some() {
             let sums = Gradients { base: None, low_rank: Some(gradients) };
-            self.decoder.backward(self.weights(), sums, &trees, &targets, decoder, x_gradient);
+            (_, right) = self.decoder.backward(self.weights(), sums, &trees, &targets, decoder, x_gradient);
         } else {
             let sums = Gradients { base: Some(&mut *gradients), low_rank: None };
-            self.decoder.backward(self.weights(), sums, &trees, &targets, decoder, x_gradient);
+            (_, right) = self.decoder.backward(self.weights(), sums, &trees, &targets, decoder, x_gradient);
             let table = &mut gradients[self.decoder.embedding.clone()];
             self.tokens(continued, |row, id| {
                 accumulate(&mut table[id * width..][..width], &x_gradient[row * width..][..width]);
             });
         }
-        Ok(())
+        Ok(right.into_iter().filter(|right| *right).count())
     }
 
     /// Writes what was trained into `folder`: the factors as a PEFT folder for the model `base`.

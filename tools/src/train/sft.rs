@@ -13,6 +13,7 @@ use super::optimiser::AdamW;
 use super::schedule::{Decay, Schedule};
 use super::student::{LossWeights, Losses, Prompt, Share, Student, StudentBuffers, StudentSize, Tokens};
 use super::tower::{Order, stop_on_interrupt};
+use super::tuning::course::RunLock;
 use crate::data::cold_start::{Description, Sample};
 use crate::files;
 use anyhow::{Context, anyhow, bail, ensure};
@@ -324,7 +325,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
     let train = Faces::open(&args.faces, &rationales.description.part)?;
     let val = Faces::open(&args.faces, "val")?;
     ensure!(train.len() == rationales.description.stills, "data.json is of another part of the faces");
-    std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
+    let _lock = RunLock::take(&args.out)?;
     let instruction = rationales.description.instruction.clone();
     let encoder = InstructionEncoder::new(&instruction, args.seed);
     let size = StudentSize {

@@ -748,6 +748,7 @@ pub fn stop_on_interrupt() -> &'static AtomicBool {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
+        eprintln!("stopping as soon as what is at hand is done; a second interrupt ends the program at once");
     });
     if let Err(error) = handler {
         log::warn!("an interrupt will lose the steps since the last checkpoint: {error}");

@@ -13,18 +13,17 @@ pub mod settings;
 mod tests;
 pub mod worker;
 
-use super::checkpoint;
-use super::curves::RunLog;
 use super::ops;
 use super::optimiser::AdamW;
 use super::policy::Policy;
-use super::tower::{Order, stop_on_interrupt};
+use super::tower::Order;
+use super::tuning::course::{Course, Described, Diverged, RunLock};
+use super::tuning::{caught, result_name, write_result};
 use crate::dataset::prepare::prepare;
 use crate::dataset::{Dataset, FeatureCache};
 use crate::files;
-use crate::merge;
 use crate::reward::conduct::Conduct;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
 use candor::model::adapter::WEIGHTS_FILE;
 use objective::{Objective, advantages, is_flat};
@@ -32,106 +31,89 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use settings::GrpoArgs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use worker::{Counts, Group, Sums, Worker};
-
-/// Time between two checkpoints.
-const SAVE_EVERY: Duration = Duration::from_secs(60);
-/// Steps between two lines on the screen.
-const SAY_EVERY: u64 = 10;
 
 /// Runs `candor-tools train grpo`.
 pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     args.check()?;
-    ops::set_exact(args.f32);
-    let manifest = Manifest::open(&args.model)?;
+    let (input, tuning) = (&args.input, &args.tuning);
+    ops::set_exact(tuning.f32);
+    let manifest = Manifest::open(&input.model)?;
     let max_new_tokens = args.max_new_tokens(&manifest);
     let objective = args.objective(max_new_tokens);
     let verifier = args.verifier.clone().or(manifest.verifier_folder());
+    let mut data = Dataset::open(&input.data, input.media_root.as_deref(), input.skip_bad)?;
     if args.plan {
-        return memory::print(args, max_new_tokens, verifier.as_deref());
+        return memory::print(&memory::of_rewards(args, &data.items, max_new_tokens, verifier.as_deref())?);
     }
     let verifier = verifier.context("the model names no verifier; give one with --verifier")?;
-    let mut data = Dataset::open(&args.data, args.media_root.as_deref(), args.skip_bad)?;
-    std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
-    let folder = args.features.clone().unwrap_or_else(|| args.out.join("features"));
-    let cache = FeatureCache::open(&folder, &args.model)?;
-    prepare(&mut data, &args.data, &cache, &args.model, args.threads, args.skip_bad)?;
+    let _lock = RunLock::take(&input.out)?;
+    // Before the clips are looked at, which takes long.
+    let workers: Vec<Worker> =
+        (0..tuning.threads).map(|_| Worker::open(args, &manifest, &verifier)).collect::<anyhow::Result<_>>()?;
+    let cache = FeatureCache::open(&input.features(), &input.model)?;
+    prepare(&mut data, &input.data, &cache, &input.model, tuning.threads, input.skip_bad)?;
 
-    let mut policy = Policy::open(&args.model, args.lora()?, args.beta > 0.0, args.seed)?;
-    let mut optimiser = AdamW::new(policy.plan(), args.weight_decay);
-    let steps = args.steps.unwrap_or((args.passes * data.items.len() as f64 / args.prompts as f64).ceil() as u64);
-    let updates = steps * args.iterations;
-    let recipe = args.recipe(&manifest.identity()?, &files::sha256(&args.data)?, max_new_tokens, steps);
-    let state = args.out.join("state.safetensors");
-    checkpoint::resume(&state, &recipe, policy.trained_mut(), &mut optimiser)?;
-    let done = optimiser.steps / args.iterations;
-
+    let mut policy = Policy::open(&input.model, tuning.lora()?, args.beta > 0.0, tuning.seed)?;
+    policy.decoder.set_temperature(args.temperature);
+    let mut optimiser = AdamW::new(policy.plan(), tuning.weight_decay);
+    let steps = args.steps(data.items.len());
+    let about = json!({
+        "command": "train grpo",
+        "model": input.model,
+        "verifier": verifier,
+        "verifier_sha256": Manifest::open(&verifier)?.identity()?,
+        "data": input.data,
+        "entries": data.items.len(),
+    });
+    let described = Described {
+        recipe: args.recipe(&manifest.identity()?, &files::sha256(&input.data)?, max_new_tokens, steps),
+        about,
+        steps,
+        updates: args.iterations,
+    };
+    let mut course = Course::open(&input.out, tuning, described, &mut policy, &mut optimiser)?;
+    course.log.say(&format!(
+        "{} trained parameters, {} prompts, {steps} steps, {} done",
+        policy.plan().len(),
+        data.items.len(),
+        course.done
+    ));
     let mut run = Run {
         args,
         objective,
         max_new_tokens,
-        order: Order::new(args.seed, data.items.len()),
-        workers: (0..args.threads).map(|_| Worker::open(args, &manifest, &verifier)).collect::<anyhow::Result<_>>()?,
-        gradients: vec![vec![0.0; policy.plan().len()]; args.threads],
+        order: Order::new(tuning.seed, data.items.len()),
+        workers,
+        gradients: vec![vec![0.0; policy.plan().len()]; tuning.threads],
         data,
         cache,
     };
-    let mut log = RunLog::open(&args.out, done, steps)?;
-    log.say(&format!(
-        "{} trained parameters, {} prompts, {steps} steps, {done} done",
-        policy.plan().len(),
-        run.data.items.len()
-    ));
-    if done == 0 {
-        samples::write(&mut run, &policy, &args.out.join(samples::BEFORE))?;
+    if course.done == 0 {
+        samples::write(&mut run, &policy, &input.out.join(samples::BEFORE))?;
     }
-    let stop = stop_on_interrupt();
-    let schedule = args.schedule(updates);
-    let mut saved = Instant::now();
-    let mut step = done;
-    while step < steps {
-        let line = run.step(step, &mut policy, &mut optimiser, |update| schedule.rate(update))?;
-        step += 1;
-        log.show(step, summary(&line));
-        if step.is_multiple_of(SAY_EVERY) || step == 1 || step == steps {
-            log.say(&format!("step {step}/{steps} {}", summary(&line)));
-        }
-        log.write(step, Value::Object(line))?;
-        let cut = stop.load(Ordering::Relaxed) || args.stop_after.is_some_and(|stop| step >= stop);
-        if saved.elapsed() > SAVE_EVERY || cut || step == steps {
-            checkpoint::save(&state, &recipe, policy.trained(), &optimiser)?;
-            write_result(args, &policy)?;
-            report::write(&args.out, &log, args)?;
-            saved = Instant::now();
-        }
-        if cut && step < steps {
-            bail!("stopped at step {step} of {steps}; the same command goes on from there");
-        }
+    let schedule = args.schedule(steps * args.iterations);
+    course.go(
+        &mut policy,
+        &mut optimiser,
+        |step, policy, optimiser| run.step(step, policy, optimiser, |update| schedule.rate(update)),
+        summary,
+        |policy, log, ends| {
+            write_result(input, tuning, policy, ends)?;
+            report::write(args, log)
+        },
+    )?;
+    write_result(input, tuning, &policy, true)?;
+    samples::write(&mut run, &policy, &input.out.join(samples::AFTER))?;
+    report::write(args, &course.log)?;
+    let shapes = memory::of_rewards(args, &run.data.items, max_new_tokens, Some(&verifier))?;
+    course.log.say(&memory::peak_in_words(&shapes));
+    if let Some(speeds) = report::speeds(&course.log) {
+        course.log.say(&speeds);
     }
-    write_result(args, &policy)?;
-    samples::write(&mut run, &policy, &args.out.join(samples::AFTER))?;
-    let planned: usize =
-        memory::parts(&memory::shapes(args, max_new_tokens, Some(&verifier))?).iter().map(|p| p.1).sum();
-    if let Some(peak) = memory::peak() {
-        log.say(&format!("peak memory {} MB, planned {} MB", peak / 1_000_000, planned / 1_000_000));
-    }
-    report::write(&args.out, &log, args)?;
-    log.say(&format!(
-        "wrote {} and report.html",
-        args.out.join(if args.full { "model" } else { WEIGHTS_FILE }).display()
-    ));
+    course.log.say(&format!("wrote {} and report.html", input.out.join(result_name(tuning)).display()));
     Ok(())
-}
-
-/// Writes what has been trained: a PEFT folder, or with `--full` a model folder.
-fn write_result(args: &GrpoArgs, policy: &Policy) -> anyhow::Result<()> {
-    if !args.full {
-        return policy.write_factors(&args.out, &args.model.display().to_string());
-    }
-    let trained = policy.tensors().map(|(name, _, values)| (name.to_owned(), values.to_vec())).collect();
-    merge::write(&args.model, &args.out.join("model"), trained).map(|_| ())
 }
 
 /// Everything that stays over a run's steps.
@@ -153,9 +135,11 @@ impl Run<'_> {
         let (args, data, cache, max_new_tokens) = (self.args, &self.data, &self.cache, self.max_new_tokens);
         let share = items.len().div_ceil(self.workers.len());
         let draw = |(worker, items): (&mut Worker, &[usize])| {
-            worker.adapt(&adapter)?;
-            let seed = |item: usize, one: usize| mixed(seed, (item * args.group + one) as u64);
-            worker.roll_out(args, max_new_tokens, data, items, cache, seed)
+            caught(|| {
+                worker.adapt(&adapter)?;
+                let seed = |item: usize, one: usize| mixed(seed, (item * args.group + one) as u64);
+                worker.roll_out(args, max_new_tokens, data, items, cache, seed)
+            })
         };
         self.workers.par_iter_mut().zip(items.par_chunks(share)).map(draw).collect()
     }
@@ -172,7 +156,7 @@ impl Run<'_> {
         let first = step * args.prompts as u64;
         let items: Vec<usize> = (0..args.prompts as u64).map(|i| self.order.at(first + i).1).collect();
         let started = Instant::now();
-        let mut shares = self.roll_out(policy, &items, mixed(args.seed, step + 1))?;
+        let mut shares = self.roll_out(policy, &items, mixed(args.tuning.seed, step + 1))?;
         let drawing = started.elapsed().as_secs_f64();
 
         let totals: Vec<Vec<f32>> = shares.iter().flatten().map(|group| group.totals.clone()).collect();
@@ -196,12 +180,14 @@ impl Run<'_> {
                 let policy = &*policy;
                 type Part<'a> = (((&'a mut Worker, &'a mut Vec<f32>), &'a mut Vec<Group>), usize);
                 let learn = |(((worker, gradients), share), start): Part<'_>| {
-                    let mut sums = Sums::default();
-                    for (index, group) in share.iter_mut().enumerate().filter(|(_, group)| counted(group)) {
-                        let advantages = &weighed[start + index];
-                        sums.add(&worker.learn(policy, &objective, group, advantages, counts, gradients)?);
-                    }
-                    Ok(sums)
+                    caught(|| {
+                        let mut sums = Sums::default();
+                        for (index, group) in share.iter_mut().enumerate().filter(|(_, group)| counted(group)) {
+                            let advantages = &weighed[start + index];
+                            sums.add(&worker.learn(policy, &objective, group, advantages, counts, gradients)?);
+                        }
+                        Ok(sums)
+                    })
                 };
                 let parts: anyhow::Result<Vec<Sums>> = self
                     .workers
@@ -213,10 +199,10 @@ impl Run<'_> {
                     .collect();
                 parts?.iter().for_each(|part| sums.add(part));
             }
-            ensure!(sums.loss.is_finite(), "step {}: the loss is {}; a lower --rate may help", step + 1, sums.loss);
+            ensure!(sums.loss.is_finite(), Diverged(format!("the loss is {}", sums.loss)));
             let rate = rate(optimiser.steps);
-            norm = optimiser.step(policy.trained_mut(), &mut self.gradients, rate, args.max_norm);
-            ensure!(norm.is_finite(), "step {}: the gradient is not finite; a lower --rate may help", step + 1);
+            norm = optimiser.step(policy.trained_mut(), &mut self.gradients, rate, args.tuning.max_norm);
+            ensure!(norm.is_finite(), Diverged("the gradient is not finite".into()));
             line.insert("rate".into(), json!(rate));
         }
         let learning = learning.elapsed().as_secs_f64();

@@ -1,14 +1,12 @@
-//! `report.html` of a run: its curves, and what the model said before and after.
+//! `report.html` of a reward fine-tuning: its curves, and what the model said before and after.
 
 use super::samples::{self, Sample};
 use super::settings::GrpoArgs;
-use crate::train::checkpoint::write_atomically;
-use crate::train::curves::{RunLog, chart};
+use crate::train::curves::RunLog;
+use crate::train::tuning::report::{self, Chart, escape, mean};
 use std::fmt::Write as _;
-use std::path::Path;
 
-/// A chart: its title and the keys of `metrics.jsonl` in it.
-const CHARTS: [(&str, &[&str]); 9] = [
+const CHARTS: [Chart; 10] = [
     ("Reward", &["reward"]),
     ("Reward by part", &["format", "accuracy", "explanation", "groundedness"]),
     ("Divergence from the model before training (KL)", &["kl"]),
@@ -18,51 +16,30 @@ const CHARTS: [(&str, &[&str]); 9] = [
     ("Against the cheats", &["distinct_2", "naming_share", "one_sentence_share", "repeated_share", "cue_accuracy"]),
     ("Log-probabilities: trainer against rollout", &["log_prob_difference", "log_prob_difference_max"]),
     ("Norm of the gradient", &["norm"]),
+    ("Tokens a second", &["rollout_tokens_per_s", "train_tokens_per_s"]),
 ];
 
-const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;\
-background:#fff}svg{max-width:100%;height:auto}table{border-collapse:collapse;width:100%}td,th{border:1px solid #ccc;\
-padding:.4em .6em;vertical-align:top;text-align:left}.charts{display:grid;grid-template-columns:repeat(auto-fit,\
-minmax(420px,1fr));gap:1em}small{color:#666}";
-
 /// Writes the page.
-pub(super) fn write(folder: &Path, log: &RunLog, args: &GrpoArgs) -> anyhow::Result<()> {
-    let mut page = String::new();
-    let title = format!("Reward fine-tuning of {}", args.model.display());
-    write!(
-        page,
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{0}</title><style>{STYLE}</style><h1>{0}</h1>",
-        escape(&title)
-    )?;
-    let last = log.lines().last();
-    if let Some(last) = last {
+pub(super) fn write(args: &GrpoArgs, log: &RunLog) -> anyhow::Result<()> {
+    let folder = &args.input.out;
+    let mut words = Vec::new();
+    if let Some(last) = log.lines().last() {
         let shown = |key: &str| last.get(key).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
-        write!(
-            page,
-            "<p>Step {}: reward {:.3} (format {:.3}, accuracy {:.3}, explanation {:.3}), {:.0} tokens/s drawn, {:.0} \
-             tokens/s trained.</p>",
+        words.push(format!(
+            "Step {}: reward {:.3} (format {:.3}, accuracy {:.3}, explanation {:.3}).",
             shown("step"),
             shown("reward"),
             shown("format"),
             shown("accuracy"),
-            shown("explanation"),
-            shown("rollout_tokens_per_s"),
-            shown("train_tokens_per_s")
-        )?;
+            shown("explanation")
+        ));
     }
-    page.push_str("<div class=\"charts\">");
-    for (title, keys) in CHARTS {
-        let curves: Vec<(&str, Vec<(f64, f64)>)> =
-            keys.iter().map(|&key| (key, log.curve(key))).filter(|(_, curve)| !curve.is_empty()).collect();
-        if !curves.is_empty() {
-            write!(page, "<figure>{}</figure>", chart(title, &curves)?)?;
-        }
-    }
-    page.push_str("</div><h2>Before and after</h2><table><tr><th>Clip<th>Before<th>After</tr>");
+    words.extend(speeds(log));
+    let mut rest = String::from("<h2>Before and after</h2><table><tr><th>Clip<th>Before<th>After</tr>");
     let (before, after) = (samples::read(&folder.join(samples::BEFORE)), samples::read(&folder.join(samples::AFTER)));
     for (index, sample) in before.iter().enumerate() {
         write!(
-            page,
+            rest,
             "<tr><td>{}<br><small>{}</small><td>{}<td>{}</tr>",
             escape(&sample.label),
             escape(&sample.id),
@@ -70,8 +47,15 @@ pub(super) fn write(folder: &Path, log: &RunLog, args: &GrpoArgs) -> anyhow::Res
             cell(after.get(index))
         )?;
     }
-    page.push_str("</table>");
-    Ok(write_atomically(&folder.join("report.html"), page.as_bytes())?)
+    rest.push_str("</table>");
+    let title = format!("Reward fine-tuning of {}", args.input.model.display());
+    report::write(folder, log, &title, &words, &CHARTS, &rest)
+}
+
+/// Speed over all steps, in words.
+pub(super) fn speeds(log: &RunLog) -> Option<String> {
+    let (drawn, trained) = (mean(log, "rollout_tokens_per_s")?, mean(log, "train_tokens_per_s")?);
+    Some(format!("Rollouts {drawn:.0} tokens/s, training {trained:.0} tokens/s, means over the steps."))
 }
 
 fn cell(sample: Option<&Sample>) -> String {
@@ -87,8 +71,4 @@ fn cell(sample: Option<&Sample>) -> String {
             )
         },
     )
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -2,8 +2,8 @@
 
 use super::objective::{Normalisation, Objective, Scale};
 use crate::reward::Weights;
-use crate::train::lora::{LoraSettings, Module};
 use crate::train::schedule::{Decay, Schedule};
+use crate::train::tuning::settings::{InputArgs, TuningArgs, not_negative, positive, within};
 use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
 use std::path::PathBuf;
@@ -16,27 +16,12 @@ const FULL_RATE: f32 = 1e-6;
 /// Arguments of `candor-tools train grpo`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct GrpoArgs {
-    /// Folder of the model to start from, after its supervised cold start.
-    #[arg(long)]
-    pub model: PathBuf,
+    /// What is trained on what, and where the run goes.
+    #[command(flatten)]
+    pub input: InputArgs,
     /// Folder of the verifier that pays the explanation reward; by default the one that the model names.
     #[arg(long)]
     pub verifier: Option<PathBuf>,
-    /// Prompts and labels: a JSON list or JSONL (docs/datasets.md).
-    #[arg(long)]
-    pub data: PathBuf,
-    /// Folder of the run. A run cut off goes on from its last checkpoint, to the same result.
-    #[arg(long)]
-    pub out: PathBuf,
-    /// Folder that relative paths of clips start from; by default that of the data.
-    #[arg(long)]
-    pub media_root: Option<PathBuf>,
-    /// Folder for the clips' vision features, which other runs can share; the run's own by default.
-    #[arg(long)]
-    pub features: Option<PathBuf>,
-    /// Leave out entries and clips that cannot be used, and say which.
-    #[arg(long)]
-    pub skip_bad: bool,
     /// Print what the run needs of memory, computed from shapes, and stop.
     #[arg(long)]
     pub plan: bool,
@@ -104,22 +89,6 @@ pub struct GrpoArgs {
     #[arg(long, default_value_t = 2.0)]
     pub importance_cap: f32,
 
-    /// Train all weights of the decoder in place of factors beside them; writes a model folder.
-    #[arg(long, conflicts_with_all = ["rank", "alpha", "rslora", "targets"])]
-    pub full: bool,
-    /// Rank of the factors.
-    #[arg(long, default_value_t = 16)]
-    pub rank: usize,
-    /// Numerator of the factors' scale.
-    #[arg(long, default_value_t = 32.0)]
-    pub alpha: f64,
-    /// Scale by 1/sqrt(rank) in place of 1/rank.
-    #[arg(long)]
-    pub rslora: bool,
-    /// Projections that get factors: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; all by default.
-    #[arg(long, value_delimiter = ',')]
-    pub targets: Vec<String>,
-
     /// Learning rate at its peak; 1e-4 for factors, 1e-6 for all weights.
     #[arg(long)]
     pub rate: Option<f32>,
@@ -129,91 +98,55 @@ pub struct GrpoArgs {
     /// Steps over which the rate rises.
     #[arg(long, default_value_t = 0)]
     pub warm_up: u64,
-    /// Weight decay.
-    #[arg(long, default_value_t = 0.0)]
-    pub weight_decay: f32,
-    /// Largest norm of a step's gradient.
-    #[arg(long, default_value_t = 1.0)]
-    pub max_norm: f32,
-    /// Compute activations anew in the backward pass: a third more time, a fraction of the memory.
-    #[arg(long)]
-    pub checkpointing: bool,
-    /// Large products with f32 operands in place of bf16.
-    #[arg(long)]
-    pub f32: bool,
-
-    /// Seed of orders, rollouts and starting values.
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
-    /// Threads, each with its share of the prompts. The result depends on it in the last digits.
-    #[arg(long, default_value_t = 2)]
-    pub threads: usize,
-    /// Stop after this many steps, as if cut off (for tests and timings).
-    #[arg(long)]
-    pub stop_after: Option<u64>,
+    /// Which weights are trained, and how.
+    #[command(flatten)]
+    pub tuning: TuningArgs,
 }
 
 impl GrpoArgs {
     /// Refuses what makes no sense, naming the option.
     pub fn check(&self) -> anyhow::Result<()> {
-        let within = |name: &str, value: usize, least: usize, most: usize| {
-            ensure!((least..=most).contains(&value), "--{name} must lie between {least} and {most}, not {value}");
-            Ok(())
-        };
         within("group", self.group, 2, 1024).context("a group is what completions are compared within")?;
         within("prompts", self.prompts, 1, 65_536)?;
-        within("threads", self.threads, 1, self.prompts).context("each thread takes at least one prompt a step")?;
-        within("rank", self.rank, 1, 4096)?;
+        within("max-new-tokens", self.max_new_tokens.unwrap_or(1), 1, 1 << 20)?;
+        self.tuning.check(self.prompts)?;
         ensure!(self.iterations > 0, "--iterations must be at least 1");
         ensure!(self.passes > 0.0 && self.passes < 1e6, "--passes must be above 0");
         ensure!(self.steps != Some(0), "--steps must be at least 1");
         for (name, value) in [
             ("temperature", self.temperature),
-            ("max-norm", self.max_norm),
             ("clip-low", self.clip_low),
             ("clip-high", self.clip_high()),
             ("rate", self.rate()),
         ] {
-            ensure!(value.is_finite() && value > 0.0, "--{name} must be above 0, not {value}");
+            positive(name, value)?;
         }
         ensure!(self.clip_low <= 1.0, "--clip-low must be at most 1, not {}", self.clip_low);
         for (name, value) in [
             ("beta", self.beta),
             ("importance-cap", self.importance_cap),
-            ("weight-decay", self.weight_decay),
             ("format-weight", self.format_weight),
             ("accuracy-weight", self.accuracy_weight),
             ("explanation-weight", self.explanation_weight),
             ("groundedness-weight", self.groundedness_weight),
         ] {
-            ensure!(value.is_finite() && value >= 0.0, "--{name} must be 0 or above, not {value}");
+            not_negative(name, value)?;
         }
-        self.lora().map(|_| ())
+        Ok(())
     }
 
     fn clip_high(&self) -> f32 {
         self.clip_high.unwrap_or(self.clip_low)
     }
 
-    /// Learning rate at its peak.
-    pub fn rate(&self) -> f32 {
-        self.rate.unwrap_or(if self.full { FULL_RATE } else { LORA_RATE })
+    /// Steps over so many entries.
+    pub fn steps(&self, entries: usize) -> u64 {
+        self.steps.unwrap_or((self.passes * entries as f64 / self.prompts as f64).ceil() as u64)
     }
 
-    /// The factors; `None` where all weights are trained.
-    pub fn lora(&self) -> anyhow::Result<Option<LoraSettings>> {
-        if self.full {
-            return Ok(None);
-        }
-        let module = |name: &String| {
-            let known = Module::ALL.map(Module::name).join(", ");
-            Module::from_name(name).with_context(|| format!("--targets: {name:?} is none of {known}"))
-        };
-        let modules = match self.targets.as_slice() {
-            [] => Module::ALL.to_vec(),
-            names => names.iter().map(module).collect::<anyhow::Result<_>>()?,
-        };
-        Ok(Some(LoraSettings { rank: self.rank, alpha: self.alpha, stabilised: self.rslora, modules }))
+    /// Learning rate at its peak.
+    pub fn rate(&self) -> f32 {
+        self.rate.unwrap_or(if self.tuning.full { FULL_RATE } else { LORA_RATE })
     }
 
     /// Most tokens of a completion.
@@ -263,13 +196,13 @@ impl GrpoArgs {
             self.iterations,
             self.temperature,
             self.objective(max_new_tokens),
-            self.lora().ok().flatten(),
+            self.tuning.lora().ok().flatten(),
             self.schedule(total),
-            self.weight_decay,
-            self.max_norm,
-            self.f32,
-            self.seed,
-            self.threads
+            self.tuning.weight_decay,
+            self.tuning.max_norm,
+            self.tuning.f32,
+            self.tuning.seed,
+            self.tuning.threads
         )
     }
 }

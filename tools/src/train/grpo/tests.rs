@@ -8,6 +8,7 @@ use crate::train::decoder::DecoderSize;
 use crate::train::lora::{LoraSettings, Module};
 use crate::train::optimiser::AdamW;
 use crate::train::policy::{Continued, Policy, PolicyBuffers, PromptPart};
+use crate::train::tune;
 use candor::text::rollout::Rollout;
 use candor::weights::Checkpoint;
 use serde_json::Value;
@@ -291,13 +292,12 @@ fn supervised_steps_equal_those_of_transformers() {
             let tokens: usize = samples.iter().map(|sample| sample.completions[0].len()).sum();
             let mut gradients = vec![0.0; case.policy.plan().len()];
             let mut buffers = PolicyBuffers::default();
-            let mut loss = 0.0;
+            let mut sums = tune::Sums::default();
             for sample in &samples {
-                let log_probs = case.policy.log_probabilities(case.policy.weights(), sample, &mut buffers).unwrap();
-                loss -= log_probs[0].iter().map(|token| token.0).sum::<f32>() / tokens as f32;
-                let slopes = vec![vec![-1.0 / tokens as f32; log_probs[0].len()]];
-                case.policy.backward(sample, &slopes, &mut gradients, &mut buffers).unwrap();
+                sums.add(&tune::learn(&case.policy, sample, tokens, &mut gradients, &mut buffers).unwrap());
             }
+            assert_eq!(sums.tokens, tokens);
+            let loss = sums.loss as f32;
             close(&format!("{name} step {} loss", index + 1), loss, number(&own["loss"]));
             case.update(name, index + 1, own, gradients);
         }

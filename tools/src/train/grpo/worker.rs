@@ -2,18 +2,17 @@
 
 use super::objective::{Objective, Token};
 use super::settings::GrpoArgs;
-use crate::dataset::{Dataset, Extractor, FeatureCache, Item};
+use crate::dataset::{Dataset, FeatureCache};
 use crate::reward::{Rewards, Scorer, Weights};
-use crate::train::policy::{Continued, Policy, PolicyBuffers, PromptPart};
+use crate::train::policy::{Continued, Policy, PolicyBuffers, PromptPart, length};
+use crate::train::tuning::prompts::{Prompts, describe};
 use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
-use candor::model::{Adapter, Batch, LanguageModel, Model, Piece, Rows, Session};
+use candor::model::{Adapter, Batch, LanguageModel, Piece, Session};
 use candor::text::rollout::{Rollout, RolloutSettings, roll_out};
-use candor::text::{ChatTemplate, PromptPiece, Tokenizer};
 use candor::verify::Verifier;
 use candor_kernels::cpu::CpuDevice;
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Sequences that a thread continues side by side, about.
 pub(super) const SLOTS: usize = 64;
@@ -21,23 +20,9 @@ pub(super) const SLOTS: usize = 64;
 /// Sentences whose reading a thread remembers, some 30 MB.
 pub(super) const REMEMBERED: usize = 1 << 17;
 
-/// A prompt's text and the gate's weights for it.
-struct Instruction {
-    pieces: Vec<PromptPiece>,
-    gate: [f32; 3],
-}
-
 /// A thread's models and buffers.
 pub struct Worker {
-    model: Model<CpuDevice>,
-    features: Rows<CpuDevice>,
-    video: Rows<CpuDevice>,
-    folder: PathBuf,
-    tokenizer: Tokenizer,
-    gate_tokenizer: Tokenizer,
-    template: ChatTemplate,
-    own_instruction: String,
-    instructions: HashMap<String, Instruction>,
+    prompts: Prompts,
     sequences: Option<(Session<CpuDevice>, Batch<CpuDevice>)>,
     scorer: Scorer<Verifier<CpuDevice>>,
     buffers: PolicyBuffers,
@@ -126,68 +111,24 @@ impl Counts {
 impl Worker {
     /// Opens the model and its verifier for one thread; the weights are mapped, so that threads share them.
     pub fn open(args: &GrpoArgs, manifest: &Manifest, verifier: &Path) -> anyhow::Result<Worker> {
-        let device = CpuDevice::new(Some(1));
-        let model = Model::open(&args.model, device.clone())?;
-        let tokenizer = Tokenizer::open(&args.model)?;
-        let gate_folder = model.config().bert_folder.clone();
-        let gate_folder =
-            gate_folder.with_context(|| format!("{}: no folder with the gate's tokenizer", args.model.display()))?;
         let mut buffers = PolicyBuffers::default();
-        buffers.decoder.checkpointing = args.checkpointing;
+        buffers.decoder.checkpointing = args.tuning.checkpointing;
         Ok(Worker {
-            features: model.rows()?,
-            video: model.rows()?,
-            folder: args.model.clone(),
-            template: ChatTemplate::open(&args.model, &tokenizer)?,
-            gate_tokenizer: Tokenizer::open(&gate_folder)?,
-            own_instruction: manifest.model.instruction.clone(),
-            instructions: HashMap::new(),
+            prompts: Prompts::open(&args.input.model, manifest)?,
             sequences: None,
-            scorer: Scorer::new(Verifier::open(verifier, device)?.remembering(REMEMBERED), args.guard),
-            tokenizer,
-            model,
+            scorer: Scorer::new(Verifier::open(verifier, CpuDevice::new(Some(1)))?.remembering(REMEMBERED), args.guard),
             buffers,
         })
     }
 
     /// Uses what the trainer has come to from now on.
     pub fn adapt(&mut self, adapter: &Adapter) -> anyhow::Result<()> {
-        self.model.adapt(Some(adapter))?;
+        self.prompts.model.adapt(Some(adapter))?;
         if let Some((session, batch)) = &mut self.sequences {
-            *session = self.model.session(session.capacity())?;
+            *session = self.prompts.model.session(session.capacity())?;
             batch.follow(session)?;
         }
         Ok(())
-    }
-
-    /// Puts the video tokens of an item into `self.video` and gives the prompt's parts.
-    fn prompt(
-        &mut self,
-        item: &Item,
-        cache: &FeatureCache,
-        extractor: &mut Extractor,
-    ) -> anyhow::Result<Vec<PromptPart>> {
-        let text = item.prompt.as_ref().unwrap_or(&self.own_instruction);
-        if !self.instructions.contains_key(text) {
-            let ids = self.gate_tokenizer.encode_sequence(text, self.model.config().bert.positions)?;
-            let pieces = self.template.prompt(&self.tokenizer, text, false)?;
-            let gate = self.model.gate(&ids)?;
-            self.instructions.insert(text.clone(), Instruction { pieces, gate });
-        }
-        let instruction = &self.instructions[text];
-        let features = cache.get(extractor, &item.media)?;
-        let width = self.model.config().vision.width;
-        let device = self.model.device().clone();
-        self.features.write(&device, &features.every_frame(), width)?;
-        self.model.video_tokens(&self.features, instruction.gate, &mut self.video)?;
-        let mut parts = Vec::new();
-        for piece in &instruction.pieces {
-            parts.push(match piece {
-                PromptPiece::Text(ids) => PromptPart::Tokens(ids.clone()),
-                PromptPiece::Video | PromptPiece::Audio => PromptPart::Rows(self.video.to_host(&device)?),
-            });
-        }
-        Ok(parts)
     }
 
     /// Rollouts of some items, rewarded. `seed(item, completion)` gives each its random numbers.
@@ -204,23 +145,23 @@ impl Worker {
             group: args.group,
             max_new_tokens,
             temperature: args.temperature,
-            end_of_turn: self.tokenizer.end_of_turn()?,
+            end_of_turn: self.prompts.tokenizer.end_of_turn()?,
         };
         let weights = args.weights();
-        // For features that are not in the cache after all. It has to stay on one thread, which the workers need not.
-        let mut extractor = Extractor::open(&self.folder, data.faces.clone())?;
+        let mut extractor = self.prompts.extractor(data.faces.clone())?;
         let mut groups = Vec::with_capacity(items.len());
         for items in items.chunks((SLOTS / args.group).max(1)) {
             let prompts: Vec<Vec<PromptPart>> = items
                 .iter()
                 .map(|&item| {
-                    self.prompt(&data.items[item], cache, &mut extractor).with_context(|| describe(data, item))
+                    let item = &data.items[item];
+                    self.prompts.parts(item, cache, &mut extractor).with_context(|| describe(item))
                 })
                 .collect::<anyhow::Result<_>>()?;
             let drawn = self.continue_all(settings, items, &prompts, &seed)?;
             for ((&item, prompt), rollouts) in items.iter().zip(prompts).zip(drawn) {
                 let group = self.reward(data, item, prompt, rollouts, &weights);
-                groups.push(group.with_context(|| describe(data, item))?);
+                groups.push(group.with_context(|| describe(&data.items[item]))?);
             }
         }
         Ok(groups)
@@ -233,29 +174,24 @@ impl Worker {
         prompts: &[Vec<PromptPart>],
         seed: impl Fn(usize, usize) -> u64,
     ) -> anyhow::Result<Vec<Vec<Rollout>>> {
-        let width = self.model.config().decoder.width;
-        let length = |parts: &Vec<PromptPart>| -> usize {
-            parts
-                .iter()
-                .map(|part| match part {
-                    PromptPart::Tokens(ids) => ids.len(),
-                    PromptPart::Rows(rows) => rows.len() / width,
-                })
-                .sum()
-        };
-        let needed = prompts.iter().map(length).max().unwrap_or(0) + settings.max_new_tokens;
+        let model = &self.prompts.model;
+        let width = model.config().decoder.width;
+        let needed = prompts.iter().map(|prompt| length(prompt, width)).max().unwrap_or(0) + settings.max_new_tokens;
         let slots = items.len() * settings.group;
         if self.sequences.as_ref().is_none_or(|(_, batch)| batch.capacity() < needed || batch.slots() < slots) {
-            let positions = self.model.config().decoder.positions;
+            let positions = model.config().decoder.positions;
             ensure!(
                 needed <= positions,
                 "prompt and completion take up to {needed} positions, the model was made for {positions}; lower \
                  --max-new-tokens"
             );
-            self.sequences = Some((self.model.session(needed)?, self.model.batch(slots, needed)?));
+            // Never smaller than before, and never both at once.
+            let before = self.sequences.take().map_or((0, 0), |(_, batch)| (batch.capacity(), batch.slots()));
+            let (needed, slots) = (needed.max(before.0), slots.max(before.1));
+            self.sequences = Some((model.session(needed)?, model.batch(slots, needed)?));
         }
         let Some((session, batch)) = &mut self.sequences else { return Ok(Vec::new()) };
-        let (device, video) = (self.model.device().clone(), &mut self.video);
+        let (device, video) = (self.prompts.model.device().clone(), &mut self.prompts.video);
         let read = |session: &mut Session<CpuDevice>, prompt: usize| -> anyhow::Result<()> {
             for part in &prompts[prompt] {
                 if let PromptPart::Rows(rows) = part {
@@ -290,7 +226,7 @@ impl Worker {
         let (mut texts, mut rewards, mut totals) = (Vec::new(), Vec::new(), Vec::new());
         for rollout in &rollouts {
             let written = rollout.tokens.len() - usize::from(rollout.finished);
-            let text = self.tokenizer.decode(&rollout.tokens[..written]);
+            let text = self.prompts.tokenizer.decode(&rollout.tokens[..written]);
             let reward = self.scorer.score(&text, own.emotion, cues.as_ref())?;
             let total = reward.total(weights);
             ensure!(total.is_finite(), "the reward of {text:?} is {total}; the verifier's weights are damaged");
@@ -353,14 +289,14 @@ impl Group {
         }
         let mut sums = Sums::default();
         let mut slopes = Vec::with_capacity(now.len());
-        for (index, (now, rollout)) in now.iter().zip(&self.rollouts).enumerate() {
+        for (index, (tokens, rollout)) in now.iter().zip(&self.rollouts).enumerate() {
             if !self.counts(index, objective) {
-                slopes.push(vec![0.0; now.len()]);
+                slopes.push(vec![0.0; tokens.len()]);
                 continue;
             }
-            let factor = objective.factor(now.len(), counts.completions, counts.tokens);
-            let mut own = Vec::with_capacity(now.len());
-            for (place, &(log_prob, entropy)) in now.iter().enumerate() {
+            let factor = objective.factor(tokens.len(), counts.completions, counts.tokens);
+            let mut own = Vec::with_capacity(tokens.len());
+            for (place, &(log_prob, entropy)) in tokens.iter().enumerate() {
                 let token = Token {
                     log_prob,
                     old: self.old[index][place],
@@ -378,16 +314,11 @@ impl Group {
                 sums.worst_mismatch = sums.worst_mismatch.max(mismatch);
                 sums.importance += f64::from(objective.importance(token));
             }
-            sums.tokens += now.len();
+            sums.tokens += tokens.len();
             slopes.push(own);
         }
         sums.rows = self.continued.completions.iter().map(Vec::len).sum();
         policy.backward(&self.continued, &slopes, gradients, buffers)?;
         Ok(sums)
     }
-}
-
-fn describe(data: &Dataset, item: usize) -> String {
-    let item = &data.items[item];
-    format!("entry {} ({})", item.line, item.id)
 }
