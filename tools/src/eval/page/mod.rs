@@ -73,6 +73,9 @@ pub(super) fn write(
     out.flush()
 }
 
+/// A number of the table, with its name.
+type Number = (&'static str, fn(&Metrics) -> f64);
+
 /// The charts.
 fn summary(runs: &[Run<'_>], comparison: Option<&Comparison>) -> String {
     let mut page = String::from("<div class=\"charts\">\n");
@@ -119,7 +122,7 @@ fn summary(runs: &[Run<'_>], comparison: Option<&Comparison>) -> String {
         section(&mut page, &format!("{of} (rows) and answers (columns)"), &charts::confusion(&run.metrics.confusion));
     }
     let mut table = String::from("<table><tbody>\n");
-    let numbers: [(&str, fn(&Metrics) -> f64); 9] = [
+    let numbers: [Number; 9] = [
         ("tokens a completion", |m| m.tokens.completion),
         ("tokens thrown away by the policy", |m| m.tokens.extra),
         ("sentences a rationale", |m| m.conduct.sentences),
