@@ -291,7 +291,7 @@ fn lines(report: &Report) -> Vec<String> {
     };
     lines.push(format!("{} pairs{left_out}", report.pairs));
     for (name, rater) in &report.raters {
-        let first = rater.first.map_or("none".to_owned(), |share| percent(share));
+        let first = rater.first.map_or("none".to_owned(), percent);
         lines.push(format!(
             "rater {name}: {} votes on fit, {} on coherence; {} ties; of the others {first} for what stood first",
             rater.fits,

@@ -272,7 +272,7 @@ fn what_is_no_vote_is_refused_with_a_reason() {
     let kind = ("content-type", "application/json");
     let origin = format!("http://{}", served.address);
     let long = with("pair", "x".repeat(5000).into());
-    let cases: Vec<(u16, &str, Vec<(&str, &str)>, String)> = vec![
+    let cases = [
         (404, "there is no pair \"zz\"", vec![kind], with("pair", "zz".into())),
         (422, "cannot be read", vec![kind], with("choice", "a".into())),
         (422, "cannot be read", vec![kind], with("question", "both".into())),
