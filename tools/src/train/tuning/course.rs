@@ -192,10 +192,11 @@ impl<'a> Course<'a> {
             return anyhow!("step {}: {what}; start again with a lower --rate and another --out ({kept})", step + 1);
         }
         // Between two updates of one step there is nothing that could be gone on from.
-        if step > self.kept && optimiser.steps == step * self.described.updates {
-            if let Err(error) = self.keep(step, policy, optimiser) {
-                log::warn!("step {step} could not be kept: {}", one_line(error.as_ref()));
-            }
+        if step > self.kept
+            && optimiser.steps == step * self.described.updates
+            && let Err(error) = self.keep(step, policy, optimiser)
+        {
+            log::warn!("step {step} could not be kept: {}", one_line(error.as_ref()));
         }
         anyhow!("step {}: {what}; {}", step + 1, resumes(self.kept))
     }
