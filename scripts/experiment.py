@@ -14,8 +14,11 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ("accuracy", "explanation", "guarded")
-COLOURS = {"before": "#777777", "accuracy": "#c0504d", "explanation": "#2e75b6", "guarded": "#3a9a5b"}
+RECIPES = ("accuracy", "explanation", "guarded", "tempered", "halved")
+#: What tempered and halved are made of: the same training at another strength.
+TRAINED = ("accuracy", "explanation", "guarded")
+COLOURS = {"before": "#777777", "accuracy": "#c0504d", "explanation": "#2e75b6", "guarded": "#3a9a5b",
+           "tempered": "#8a5bb5", "halved": "#d08a2e"}
 #: What the tables show: heading, and the path of the figure in what `candor-tools eval` prints.
 MAIN = (
     ("label accuracy (WAR)", "war"),
@@ -129,7 +132,7 @@ def svg(width, height, parts):
 def dots(before, runs):
     """A dot a run with its interval, in a row a figure."""
     figures = [item for item in MAIN if item[1] != "readable"]
-    left, right, row, top = 190, 30, 62, 40
+    left, right, row, top = 190, 30, 76, 40
     width, height = 860, top + row * len(figures) + 30
     x = lambda share: left + (width - left - right) * share
     parts = []
@@ -175,7 +178,7 @@ def curves(runs, folder):
     for place, key in enumerate(panels):
         left, top = 50 + (place % 2) * (wide + gap), 40 + (place // 2) * (high + gap + 20)
         lines = []
-        for run in runs:
+        for run in (run for run in runs if run["recipe"] in TRAINED):
             path = folder / f"{run['recipe']}-{run['seed']}" / "metrics.jsonl"
             steps = [json.loads(line) for line in path.read_text().splitlines()]
             values = [step[key] for step in steps if step.get(key) is not None]
@@ -195,7 +198,7 @@ def curves(runs, folder):
                 for i in chosen
             )
             parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.3"/>')
-    for index, name in enumerate(RECIPES):
+    for index, name in enumerate(TRAINED):
         at = 50 + index * 130
         parts.append(f'<circle cx="{at}" cy="14" r="5" fill="{COLOURS[name]}"/><text x="{at + 10}" y="18">{name}</text>')
     return svg(2 * wide + gap + 40, 40 + 3 * (high + gap + 20), parts)

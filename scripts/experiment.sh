@@ -1,6 +1,6 @@
 #!/bin/sh
 # The experiment of docs/experiment.md: a cold start on rationales that often contradict their label, then reward fine-tuning
-# by three recipes and two seeds each, every model measured by two judges. A run that was cut off goes on where it was when
+# by three recipes and two seeds each; every model measured by two judges. A run that was cut off goes on where it was when
 # this is called again; what is measured already is kept.
 #
 #   scripts/experiment.sh FACES.safetensors RUNS_FOLDER
@@ -34,7 +34,8 @@ measure() {
     [ -e "$runs/eval/$1.json" ] && return
     mkdir -p "$runs/eval"
     "$tools" eval --model "$start" ${2:+--adapter "$2"} --verifier "$verifier" --data "$runs/data/prompts-val.jsonl" \
-        --media-root "$media" --features "$runs/features" --policy "$3" --records "$runs/eval/$1.jsonl" --json \
+        --media-root "$media" --features "$runs/features" --policy "$3" --records "$runs/eval/$1.jsonl" \
+        --html "$runs/eval/$1.html" --json \
         >"$runs/eval/$1.json.part"
     mv "$runs/eval/$1.json.part" "$runs/eval/$1.json"
 }
@@ -66,10 +67,22 @@ both() {
 both explanation
 both guarded --guard --groundedness-weight 0.5
 both accuracy --explanation-weight 0
+# What the guarded recipe learnt, at less than its full strength: LoRA's scale is alpha by rank.
+weaken() {
+    for seed in 1 2; do
+        mkdir -p "$runs/$1-$seed"
+        cp "$runs/guarded-$seed/adapter_model.safetensors" "$runs/$1-$seed/"
+        sed "s/\"lora_alpha\": [0-9.]*/\"lora_alpha\": $2/" "$runs/guarded-$seed/adapter_config.json" \
+            >"$runs/$1-$seed/adapter_config.json"
+        measure "$1-$seed" "$runs/$1-$seed" annotate
+    done
+}
+weaken tempered 24.0
+weaken halved 16.0
 # What the policies of run time reach without training, and with it.
 for policy in retry:2 guide:2; do
     measure "before-$policy" "" "$policy"
-    for recipe in accuracy explanation guarded; do
+    for recipe in accuracy explanation guarded tempered; do
         measure "$recipe-1-$policy" "$runs/$recipe-1" "$policy"
     done
 done
