@@ -141,7 +141,7 @@ def dots(before, runs):
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{height - 24}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{at:.1f}" y="{height - 8}" text-anchor="middle" fill="#555">{tick} %</text>')
     for index, name in enumerate(("before", *RECIPES)):
-        at = left + index * 130
+        at = left + index * 108
         parts.append(f'<circle cx="{at}" cy="14" r="5" fill="{COLOURS[name]}"/><text x="{at + 10}" y="18">{name}</text>')
     for index, (heading, path) in enumerate(figures):
         base = top + index * row
@@ -176,7 +176,7 @@ def curves(runs, folder):
     wide, high, gap = 400, 210, 20
     parts = []
     for place, key in enumerate(panels):
-        left, top = 50 + (place % 2) * (wide + gap), 40 + (place // 2) * (high + gap + 20)
+        left, top = 50 + (place % 2) * (wide + gap), 60 + (place // 2) * (high + gap + 20)
         lines = []
         for run in (run for run in runs if run["recipe"] in TRAINED):
             path = folder / f"{run['recipe']}-{run['seed']}" / "metrics.jsonl"
@@ -201,7 +201,7 @@ def curves(runs, folder):
     for index, name in enumerate(TRAINED):
         at = 50 + index * 130
         parts.append(f'<circle cx="{at}" cy="14" r="5" fill="{COLOURS[name]}"/><text x="{at + 10}" y="18">{name}</text>')
-    return svg(2 * wide + gap + 40, 40 + 3 * (high + gap + 20), parts)
+    return svg(2 * wide + gap + 40, 50 + 3 * (high + gap + 20), parts)
 
 
 def put(text, name, content):
