@@ -455,7 +455,7 @@ mod tests {
         };
         let first = name();
         change("candor.toml", "window_s = 2.0", "window_s = 3.0");
-        change("candor.toml", "version = \"1\"", "version = \"2\"");
+        change("candor.toml", "name = \"candor-default\"", "name = \"another\"");
         assert_eq!(name(), first, "windows are not cut here, and a name changes nothing");
         change("candor.toml", "detail = 48", "detail = 24");
         let detail = name();
