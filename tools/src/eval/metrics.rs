@@ -50,9 +50,9 @@ pub struct Metrics {
     pub policy: String,
     /// Tokens, means over the completions.
     pub tokens: MeanTokens,
-    /// How rationales behave, against the obvious cheats.
+    /// How rationales behave, against the obvious cheats; the cue accuracy stands above, with its interval.
     #[serde(flatten)]
-    pub conduct: RationaleConduct,
+    pub conduct: Conduct,
     /// 95 % intervals by the bootstrap, by [`Measure::key`].
     pub intervals: BTreeMap<&'static str, Interval>,
     /// The same of `recall`.
@@ -105,19 +105,6 @@ pub struct MeanTokens {
     pub extra: f64,
 }
 
-/// [`Conduct`] without the cue accuracy, which stands beside it.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[allow(missing_docs)] // see Conduct
-pub struct RationaleConduct {
-    pub distinct_1: f64,
-    pub distinct_2: f64,
-    pub naming_share: f64,
-    pub sentences: f64,
-    pub words: f64,
-    pub one_sentence_share: f64,
-    pub repeated_share: f64,
-}
-
 /// Counts of answers by truth.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Confusion {
@@ -164,7 +151,7 @@ pub fn measure(records: &[Record], policy: &str) -> Metrics {
 }
 
 /// How the rationales behave that were given.
-fn conduct(records: &[Record]) -> RationaleConduct {
+fn conduct(records: &[Record]) -> Conduct {
     let completions: Vec<(String, Rewards)> = records
         .iter()
         .filter_map(|record| {
@@ -174,16 +161,7 @@ fn conduct(records: &[Record]) -> RationaleConduct {
             Some((completion, Rewards { format: 0.0, accuracy: 0.0, explanation: 0.0, groundedness: None, labels }))
         })
         .collect();
-    let conduct = Conduct::measure(completions.iter().map(|(text, rewards)| (text.as_str(), rewards, None)));
-    RationaleConduct {
-        distinct_1: conduct.distinct_1,
-        distinct_2: conduct.distinct_2,
-        naming_share: conduct.naming_share,
-        sentences: conduct.sentences,
-        words: conduct.words,
-        one_sentence_share: conduct.one_sentence_share,
-        repeated_share: conduct.repeated_share,
-    }
+    Conduct::measure(completions.iter().map(|(text, rewards)| (text.as_str(), rewards, None)))
 }
 
 fn confusion(records: &[Record]) -> Confusion {

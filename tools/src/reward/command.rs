@@ -46,7 +46,8 @@ struct Line {
 /// Runs `candor-tools reward`.
 pub fn run(args: &RewardArgs) -> anyhow::Result<()> {
     ensure!(args.threads > 0, "--threads must be at least 1");
-    let weights = args.settings.weights()?;
+    args.settings.check()?;
+    let weights = args.settings.weights();
     let file = std::fs::File::open(&args.input).with_context(|| format!("cannot read {}", args.input.display()))?;
     let lines = read(std::io::BufReader::new(file), &args.input)?;
     let open = || Ok(Scorer::new(open_verifier(&args.verifier)?, args.settings.guard));

@@ -24,7 +24,8 @@ pub struct Conduct {
     pub one_sentence_share: f64,
     /// Share of rationales that are another's, word for word.
     pub repeated_share: f64,
-    /// Share of stated cues that were measured so; `None` where nothing can be held against them.
+    /// Share of stated cues that were measured so; `None`, and not written, where nothing can be held against them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cue_accuracy: Option<f64>,
 }
 

@@ -105,7 +105,8 @@ pub fn run(args: &RewardServerArgs) -> anyhow::Result<()> {
         "--timeout must lie between 1 and 86400 seconds, not {}",
         args.timeout
     );
-    let weights = args.settings.weights()?;
+    args.settings.check()?;
+    let weights = args.settings.weights();
     let folder = args.verifier.clone();
     let verifier = open_verifier(&folder)?.identity()?;
     let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> { Ok(Box::new(open_verifier(&folder)?)) };

@@ -1,4 +1,4 @@
-//! How completions are paid, as `candor-tools reward` and `candor-tools reward-server` take it; as in `train grpo`.
+//! How completions are paid: options of `candor-tools reward`, `reward-server` and `train grpo`.
 
 use anyhow::ensure;
 
@@ -23,8 +23,8 @@ pub struct RewardSettings {
 }
 
 impl RewardSettings {
-    /// The weights, which must be finite and not negative. Nothing is paid for groundedness: no cues come with texts.
-    pub fn weights(&self) -> anyhow::Result<Weights> {
+    /// Refuses weights that are not finite, or negative.
+    pub fn check(&self) -> anyhow::Result<()> {
         for (name, value) in [
             ("format-weight", self.format_weight),
             ("accuracy-weight", self.accuracy_weight),
@@ -32,11 +32,16 @@ impl RewardSettings {
         ] {
             ensure!(value.is_finite() && value >= 0.0, "--{name} must be 0 or above, not {value}");
         }
-        Ok(Weights {
+        Ok(())
+    }
+
+    /// The weights. Nothing is paid for groundedness: it takes cues, which texts come without.
+    pub fn weights(&self) -> Weights {
+        Weights {
             format: self.format_weight,
             accuracy: self.accuracy_weight,
             explanation: self.explanation_weight,
             groundedness: 0.0,
-        })
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::objective::{Normalisation, Objective, Scale};
 use crate::reward::Weights;
+use crate::reward::settings::RewardSettings;
 use crate::train::schedule::{Decay, Schedule};
 use crate::train::tuning::settings::{InputArgs, TuningArgs, not_negative, positive, within};
 use anyhow::{Context, ensure};
@@ -26,22 +27,12 @@ pub struct GrpoArgs {
     #[arg(long)]
     pub plan: bool,
 
-    /// Weight of the format reward.
-    #[arg(long, default_value_t = 1.0)]
-    pub format_weight: f32,
-    /// Weight of the accuracy reward.
-    #[arg(long, default_value_t = 1.0)]
-    pub accuracy_weight: f32,
-    /// Weight of the explanation reward.
-    #[arg(long, default_value_t = 1.0)]
-    pub explanation_weight: f32,
+    /// What completions are paid.
+    #[command(flatten)]
+    pub rewards: RewardSettings,
     /// Weight of the groundedness reward, paid where cues were measured.
     #[arg(long, default_value_t = 0.0)]
     pub groundedness_weight: f32,
-    /// Pay the explanation reward only to rationales that are more than a conclusion (docs/reward.md).
-    #[arg(long)]
-    pub guard: bool,
-
     /// Completions of a prompt.
     #[arg(long, default_value_t = 4)]
     pub group: usize,
@@ -110,6 +101,7 @@ impl GrpoArgs {
         within("prompts", self.prompts, 1, 65_536)?;
         within("max-new-tokens", self.max_new_tokens.unwrap_or(1), 1, 1 << 20)?;
         self.tuning.check(self.prompts)?;
+        self.rewards.check()?;
         ensure!(self.iterations > 0, "--iterations must be at least 1");
         ensure!(self.passes > 0.0 && self.passes < 1e6, "--passes must be above 0");
         ensure!(self.steps != Some(0), "--steps must be at least 1");
@@ -125,9 +117,6 @@ impl GrpoArgs {
         for (name, value) in [
             ("beta", self.beta),
             ("importance-cap", self.importance_cap),
-            ("format-weight", self.format_weight),
-            ("accuracy-weight", self.accuracy_weight),
-            ("explanation-weight", self.explanation_weight),
             ("groundedness-weight", self.groundedness_weight),
         ] {
             not_negative(name, value)?;
@@ -171,12 +160,7 @@ impl GrpoArgs {
 
     /// The weights of the rewards.
     pub fn weights(&self) -> Weights {
-        Weights {
-            format: self.format_weight,
-            accuracy: self.accuracy_weight,
-            explanation: self.explanation_weight,
-            groundedness: self.groundedness_weight,
-        }
+        Weights { groundedness: self.groundedness_weight, ..self.rewards.weights() }
     }
 
     /// The learning rate over `total` updates.
@@ -190,7 +174,7 @@ impl GrpoArgs {
             "grpo model {model} data {data} rewards {:?} guard {} group {} prompts {} steps {total} iterations {} tokens \
              {max_new_tokens} temperature {} {:?} lora {:?} {:?} decay {} norm {} f32 {} seed {} threads {}",
             self.weights(),
-            self.guard,
+            self.rewards.guard,
             self.group,
             self.prompts,
             self.iterations,

@@ -116,7 +116,10 @@ impl Worker {
         Ok(Worker {
             prompts: Prompts::open(&args.input.model, manifest)?,
             sequences: None,
-            scorer: Scorer::new(Verifier::open(verifier, CpuDevice::new(Some(1)))?.remembering(REMEMBERED), args.guard),
+            scorer: Scorer::new(
+                Verifier::open(verifier, CpuDevice::new(Some(1)))?.remembering(REMEMBERED),
+                args.rewards.guard,
+            ),
             buffers,
         })
     }
