@@ -12,6 +12,7 @@ mod math;
 mod norm;
 pub mod pool;
 mod position;
+mod quantised;
 mod simd;
 mod stored;
 
@@ -32,6 +33,7 @@ pub struct CpuDevice {
     /// A pool of the calling thread alone, for products within a task.
     serial: ThreadPool,
     level: Level,
+    exact: bool,
 }
 
 /// f32 activations in memory.
@@ -49,13 +51,25 @@ impl CpuDevice {
         Self::at(threads, Level::chosen())
     }
 
-    /// A device that uses the instruction set `level` (`portable`, `avx2` or `avx512`), if the processor has it.
+    /// A device that uses the instruction set `level` (one of [`CpuDevice::levels`]).
     pub fn with_level(threads: Option<usize>, level: &str) -> Option<Self> {
         Level::named(level).map(|level| Self::at(threads, level))
     }
 
     fn at(threads: Option<usize>, level: Level) -> Self {
-        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level }
+        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level, exact: false }
+    }
+
+    /// The same with activations in f32 everywhere: slower where weights are quantised, and exact but for the rounding
+    /// of sums. Otherwise activations are rounded to bytes there.
+    pub fn exact(mut self) -> Self {
+        self.exact = true;
+        self
+    }
+
+    /// The instruction sets that this processor has, as `CANDOR_CPU` and [`CpuDevice::with_level`] take them, best last.
+    pub fn levels() -> Vec<&'static str> {
+        Level::all().map(Level::name).collect()
     }
 
     /// The threads, for work beside the operations of a model.
@@ -76,7 +90,8 @@ impl Device for CpuDevice {
     type Weight = CpuWeight;
 
     fn describe(&self) -> String {
-        format!("CPU, {} kernels, {} threads", self.level.name(), self.pool.threads())
+        let exact = if self.exact { ", exact" } else { "" };
+        format!("CPU, {} kernels{exact}, {} threads", self.level.name(), self.pool.threads())
     }
 
     fn allocate(&self, len: usize) -> Result<CpuBuffer> {
@@ -146,6 +161,12 @@ impl Device for CpuDevice {
         let out_len = check::at_least("linear", "out", out.0.len(), &[rows, outputs])?;
         let bias = bias_of("linear", bias, outputs)?;
         let (x, out) = (&x.0[..x_len], &mut out.0[..out_len]);
+        if !self.exact
+            && let Some(codes) = quantised::Codes::of(&weight.0)
+        {
+            quantised::linear(self.level, &self.pool, x, rows, codes, bias.as_deref(), activation, out);
+            return Ok(());
+        }
         let layer = linear::Layer { weight: values(&weight.0), outputs, depth, bias: bias.as_deref(), activation };
         linear::linear(self.level, &self.pool, x, rows, layer, out)
     }

@@ -1,0 +1,236 @@
+//! Few rows: every output is a dot product, and the weight is read once, as it is stored.
+#![allow(clippy::needless_range_loop)] // several sums run by one index
+
+use super::activations::{PART, PARTS, Quantised};
+use super::{BLOCK, Bits, Codes};
+use crate::cpu::gemm::with_panels;
+use crate::cpu::pool::{SharedSlice, ThreadPool};
+use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
+use crate::cpu::simd::{Level, Simd};
+use std::cell::Cell;
+
+/// Weights that a task reads at least: fewer are not worth waking a thread.
+const GRAIN: usize = 64 * 1024;
+/// Rows of the weight that one pass over x handles.
+const OUTPUTS: usize = 4;
+
+thread_local! {
+    /// Scales of a few rows of the weight.
+    static SCALES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// What a sum of each lane starts from.
+    static STARTS: Cell<Vec<i32>> = const { Cell::new(Vec::new()) };
+}
+
+pub(super) fn dots(
+    level: Level,
+    pool: &ThreadPool,
+    x: &Quantised,
+    codes: Codes<'_>,
+    out: &mut [f32],
+    finish: impl Fn(&mut [f32], usize) + Sync,
+) {
+    let outputs = codes.outputs;
+    let mut starts = STARTS.take();
+    level.run_integer(Starts { x, codes, starts: &mut starts });
+    let share = outputs.div_ceil(4 * pool.threads()).max(GRAIN / (x.rows * codes.depth.max(1)).max(1));
+    let share = share.next_multiple_of(OUTPUTS);
+    let shared = SharedSlice::new(out);
+    pool.run(outputs.div_ceil(share), |task| {
+        let first = task * share;
+        let count = share.min(outputs - first);
+        level.run_integer(Dots { level, x, codes, starts: &starts, out: &shared, first, count });
+        for row in 0..x.rows {
+            // SAFETY: each task has outputs of its own.
+            finish(unsafe { shared.range(row * outputs + first, count) }, first);
+        }
+    });
+    STARTS.set(starts);
+}
+
+/// What takes the codes' offset off again, in the first of the lanes whose sums are scaled as one.
+struct Starts<'a> {
+    x: &'a Quantised,
+    codes: Codes<'a>,
+    starts: &'a mut Vec<i32>,
+}
+
+impl IntegerOperation for Starts<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Integer>(self, _: I) {
+        let (offset, lanes) = match self.codes.bits {
+            Bits::Four => (OFFSET4, BLOCK / 8 / PARTS),
+            Bits::Eight => (I::OFFSET8, BLOCK / 4 / PARTS),
+        };
+        // Parts that are scaled as one; a block of 4-bit values is one vector or scaled vector by vector.
+        let parts = if self.codes.bits == Bits::Eight { self.codes.scales.group().unwrap_or(BLOCK) / PART } else { 1 };
+        let count = self.x.rows * self.x.blocks * PARTS;
+        self.starts.clear();
+        self.starts.resize(count * lanes, 0);
+        let sums = self.x.sums[..count].chunks_exact(parts);
+        for (start, sums) in self.starts.chunks_exact_mut(parts * lanes).zip(sums) {
+            start[0] = -offset * sums.iter().sum::<i32>();
+        }
+    }
+}
+
+struct Dots<'a> {
+    level: Level,
+    x: &'a Quantised,
+    codes: Codes<'a>,
+    starts: &'a [i32],
+    out: &'a SharedSlice<'a, f32>,
+    first: usize,
+    count: usize,
+}
+
+impl IntegerOperation for Dots<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Integer>(self, set: I) {
+        // Lanes that share a scale; none where a row has one scale.
+        let each = self.codes.scales.group().map_or(0, |group| match self.codes.bits {
+            Bits::Four => group / 8,
+            Bits::Eight => group / 4,
+        });
+        match (self.codes.bits, each) {
+            (Bits::Four, 0) => self.all::<I, 4, 0>(set),
+            (Bits::Four, 4) => self.all::<I, 4, 4>(set),
+            (Bits::Four, 8) => self.all::<I, 4, 8>(set),
+            (Bits::Four, _) => self.all::<I, 4, 16>(set),
+            (Bits::Eight, 0) => self.all::<I, 8, 0>(set),
+            (Bits::Eight, 8) => self.all::<I, 8, 8>(set),
+            (Bits::Eight, 16) => self.all::<I, 8, 16>(set),
+            (Bits::Eight, _) => self.all::<I, 8, 32>(set),
+        }
+    }
+}
+
+impl Dots<'_> {
+    #[inline(always)]
+    fn all<I: Integer, const BITS: usize, const EACH: usize>(&self, set: I) {
+        let scales_a_row = self.codes.blocks() * self.codes.scales_a_block();
+        with_panels(&SCALES, OUTPUTS * scales_a_row, |scales| {
+            let mut done = 0;
+            while done < self.count {
+                let outputs = OUTPUTS.min(self.count - done);
+                if scales_a_row > 0 {
+                    for (o, scales) in scales.chunks_exact_mut(scales_a_row).take(outputs).enumerate() {
+                        self.codes.scales_of(self.level, self.first + done + o, scales);
+                    }
+                }
+                if outputs == OUTPUTS {
+                    self.some::<I, OUTPUTS, BITS, EACH>(set, done, scales, scales_a_row);
+                } else {
+                    for o in 0..outputs {
+                        self.some::<I, 1, BITS, EACH>(set, done + o, &scales[o * scales_a_row..], scales_a_row);
+                    }
+                }
+                done += outputs;
+            }
+        });
+    }
+
+    /// `O` outputs from the task's output `from` on, for every row of x.
+    #[inline(always)]
+    fn some<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
+        &self,
+        set: I,
+        from: usize,
+        scales: &[f32],
+        scales_a_row: usize,
+    ) {
+        let bytes_a_block = BLOCK * BITS / 8;
+        let weights: [&[u8]; O] = std::array::from_fn(|o| self.codes.row(self.first + from + o));
+        let scales: [&[f32]; O] = std::array::from_fn(|o| &scales[o * scales_a_row..][..scales_a_row]);
+        // The last block, filled up.
+        let whole = self.codes.row_bytes / bytes_a_block;
+        let mut last = [[0u8; BLOCK]; O];
+        for o in 0..O {
+            let rest = &weights[o][whole * bytes_a_block..];
+            last[o][..rest.len()].copy_from_slice(rest);
+        }
+        let last: [&[u8]; O] = std::array::from_fn(|o| &last[o][..bytes_a_block]);
+        let starts_a_row = self.x.blocks * BLOCK / 4 / (8 / BITS);
+        let simd = set.float();
+        for row in 0..self.x.rows {
+            let codes = self.x.codes_of(row).as_chunks::<BLOCK>().0;
+            let factors = self.x.scales_of(row);
+            let starts = &self.starts[row * starts_a_row..][..starts_a_row];
+            let mut sums = [simd.splat(0.0); O];
+            for b in 0..whole {
+                let block: [&[u8]; O] = std::array::from_fn(|o| &weights[o][b * bytes_a_block..][..bytes_a_block]);
+                add_block::<I, O, BITS, EACH>(set, &mut sums, b, block, &scales, &codes[b], factors[b], starts);
+            }
+            if whole < self.x.blocks {
+                let b = whole;
+                add_block::<I, O, BITS, EACH>(set, &mut sums, b, last, &scales, &codes[b], factors[b], starts);
+            }
+            // SAFETY: each task has outputs of its own.
+            let out = unsafe { self.out.range(row * self.codes.outputs + self.first + from, O) };
+            for o in 0..O {
+                let scale = self.codes.scales.of_rows().map_or(1.0, |rows| rows[self.first + from + o]);
+                out[o] = simd.sum(sums[o]) * scale;
+            }
+        }
+    }
+}
+
+/// Adds what block `b` gives to the sums of `O` outputs.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // the operands of a product and where they are
+fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
+    set: I,
+    sums: &mut [<I::Float as Simd>::Vector; O],
+    b: usize,
+    weights: [&[u8]; O],
+    scales: &[&[f32]; O],
+    x: &[i8; BLOCK],
+    factor: f32,
+    starts: &[i32],
+) {
+    let simd = set.float();
+    let bytes = 4 * lanes::<I>();
+    // SAFETY: i8 and u8 have the same layout.
+    let x: &[u8; BLOCK] = unsafe { &*std::ptr::from_ref(x).cast() };
+    let factor = simd.splat(factor);
+    let sums_a_block = BLOCK / 4 / (8 / BITS);
+    let starts = &starts[b * sums_a_block..][..sums_a_block];
+    let scale = |o: usize, chunk: usize| {
+        if EACH == 0 {
+            return factor;
+        }
+        let a_block = sums_a_block / EACH;
+        let first = b * a_block + chunk * lanes::<I>() / EACH;
+        simd.mul(set.spread(&scales[o][first..], EACH), factor)
+    };
+    if BITS == 4 {
+        for chunk in 0..BLOCK / 2 / bytes {
+            let even = set.bytes(&x[chunk * bytes..]);
+            let odd = set.bytes(&x[BLOCK / 2 + chunk * bytes..]);
+            let start = set.load_sums(&starts[chunk * lanes::<I>()..]);
+            for o in 0..O {
+                let [low, high] = set.nibbles(&weights[o][chunk * bytes..]);
+                let products = set.dot4(set.dot4(start, low, even), high, odd);
+                sums[o] = simd.mul_add(set.to_float(products), scale(o, chunk), sums[o]);
+            }
+        }
+        return;
+    }
+    // Where all of the block shares a scale, there is but one sum of integers.
+    let one = EACH == 0 || EACH >= sums_a_block;
+    let mut products = [set.splat_sum(0); O];
+    let chunks = BLOCK / bytes;
+    for chunk in 0..chunks {
+        let x = set.bytes(&x[chunk * bytes..]);
+        let start = if I::OFFSET8 == 0 { set.splat_sum(0) } else { set.load_sums(&starts[chunk * lanes::<I>()..]) };
+        for o in 0..O {
+            let codes = set.codes8(&weights[o][chunk * bytes..]);
+            let before = if one && chunk > 0 { products[o] } else { start };
+            products[o] = set.dot8(before, codes, x);
+            if !one || chunk + 1 == chunks {
+                sums[o] = simd.mul_add(set.to_float(products[o]), scale(o, chunk), sums[o]);
+            }
+        }
+    }
+}

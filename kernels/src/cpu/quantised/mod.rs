@@ -1,0 +1,118 @@
+//! Linear layers over quantised weights: activations are quantised too, and bytes are multiplied.
+//!
+//! A block of [`BLOCK`] activations of a row becomes signed bytes with one f32 scale (largest magnitude / 127, to nearest,
+//! ties to even). Products are summed in integers for as long as weights and activations share a scale, and in f32 beyond.
+//! Few rows are dot products that read the weight once, as it is stored, and are bound by memory; more rows are a
+//! blocked product whose panels of codes are packed while they are used.
+
+mod activations;
+mod dots;
+#[cfg(test)]
+mod plain;
+mod product;
+
+use crate::cpu::elementwise::Finish;
+use crate::cpu::pool::ThreadPool;
+use crate::cpu::simd::Level;
+use crate::cpu::stored::widen_scales;
+use crate::device::Activation;
+use crate::scales::Scales;
+use crate::tensor::{DType, HostTensor};
+use activations::{Order, with_quantised};
+
+/// Activations that share a scale. Every group of weights lies within a block.
+const BLOCK: usize = 128;
+/// Up to this many rows the dot products are at least as fast: a blocked product first has to pack the weight.
+const DOT_ROWS: usize = 8;
+
+/// A quantised weight `[outputs, depth]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Codes<'a> {
+    bits: Bits,
+    bytes: &'a [u8],
+    row_bytes: usize,
+    outputs: usize,
+    depth: usize,
+    scales: &'a Scales,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Bits {
+    Four,
+    Eight,
+}
+
+impl<'a> Codes<'a> {
+    /// The codes of a tensor of integers.
+    pub(crate) fn of(tensor: &'a HostTensor) -> Option<Self> {
+        let bits = match tensor.dtype() {
+            DType::I4 => Bits::Four,
+            DType::I8 => Bits::Eight,
+            _ => return None,
+        };
+        let (outputs, depth) = (tensor.rows(), tensor.row_len());
+        let row_bytes = tensor.dtype().row_bytes(depth)?;
+        Some(Codes { bits, bytes: tensor.bytes(), row_bytes, outputs, depth, scales: tensor.scales()? })
+    }
+
+    fn row(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.row_bytes..][..self.row_bytes]
+    }
+
+    /// Blocks a row takes.
+    fn blocks(&self) -> usize {
+        self.depth.div_ceil(BLOCK)
+    }
+
+    /// Scales of a block; none where a row has but one.
+    fn scales_a_block(&self) -> usize {
+        self.scales.group().map_or(0, |group| BLOCK / group)
+    }
+
+    /// The scales of a row as f32, `scales_a_block` for each block, zeros behind the last.
+    fn scales_of(&self, level: Level, row: usize, out: &mut [f32]) {
+        if let Some((bytes, dtype)) = self.scales.of_groups() {
+            let count = self.scales.per_row();
+            widen_scales(level, bytes, dtype, row * count, &mut out[..count]);
+            out[count..].fill(0.0);
+        }
+    }
+}
+
+/// `out = activation(x · weightᵀ + bias)`: x `[rows, depth]`, out `[rows, outputs]`, of just these sizes.
+pub(crate) fn linear(
+    level: Level,
+    pool: &ThreadPool,
+    x: &[f32],
+    rows: usize,
+    codes: Codes<'_>,
+    bias: Option<&[f32]>,
+    activation: Activation,
+    out: &mut [f32],
+) {
+    if rows == 0 || codes.outputs == 0 {
+        return;
+    }
+    let finish = |piece: &mut [f32], first: usize| {
+        let bias = bias.map(|bias| &bias[first..first + piece.len()]);
+        if bias.is_some() || activation != Activation::Identity {
+            level.run(Finish { row: piece, bias, activation });
+        }
+    };
+    let few = rows <= DOT_ROWS;
+    let order = match (codes.bits, few) {
+        (Bits::Eight, _) => Order::Natural,
+        (Bits::Four, true) => Order::Halves,
+        (Bits::Four, false) => Order::Words,
+    };
+    with_quantised(level, pool, x, rows, codes.depth, order, |x| {
+        if few {
+            dots::dots(level, pool, x, codes, out, finish);
+        } else {
+            product::product(level, pool, x, codes, out, finish);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests;
