@@ -3,7 +3,6 @@
 
 use super::activations::{PART, PARTS, Quantised};
 use super::{BLOCK, Bits, Codes};
-use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
@@ -13,6 +12,8 @@ use std::cell::Cell;
 const GRAIN: usize = 64 * 1024;
 /// Rows of the weight that one pass over x handles.
 const OUTPUTS: usize = 4;
+/// Rows of the weight whose scales are widened at once; they stay in level 1.
+const SCALED: usize = 8 * OUTPUTS;
 
 thread_local! {
     /// Scales of a few rows of the weight.
@@ -109,26 +110,28 @@ impl IntegerOperation for Dots<'_> {
 impl Dots<'_> {
     #[inline(always)]
     fn all<I: Integer, const BITS: usize, const EACH: usize>(&self, set: I) {
+        // No closures here and below: they would not be compiled with the set's features.
         let scales_a_row = self.codes.blocks() * self.codes.scales_a_block();
-        with_panels(&SCALES, OUTPUTS * scales_a_row, |scales| {
-            let mut done = 0;
-            while done < self.count {
-                let outputs = OUTPUTS.min(self.count - done);
-                if scales_a_row > 0 {
-                    for (o, scales) in scales.chunks_exact_mut(scales_a_row).take(outputs).enumerate() {
-                        self.codes.scales_of(self.level, self.first + done + o, scales);
-                    }
-                }
-                if outputs == OUTPUTS {
-                    self.some::<I, OUTPUTS, BITS, EACH>(set, done, scales, scales_a_row);
-                } else {
-                    for o in 0..outputs {
-                        self.some::<I, 1, BITS, EACH>(set, done + o, &scales[o * scales_a_row..], scales_a_row);
-                    }
-                }
-                done += outputs;
+        let mut scales = SCALES.take();
+        scales.resize(SCALED * scales_a_row, 0.0);
+        let mut done = 0;
+        while done < self.count {
+            let outputs = OUTPUTS.min(self.count - done);
+            if scales_a_row > 0 && done % SCALED == 0 {
+                let rows = SCALED.min(self.count - done);
+                self.codes.scales_of(self.level, self.first + done, &mut scales[..rows * scales_a_row]);
             }
-        });
+            let scales = &scales[done % SCALED * scales_a_row..];
+            if outputs == OUTPUTS {
+                self.some::<I, OUTPUTS, BITS, EACH>(set, done, scales, scales_a_row);
+            } else {
+                for o in 0..outputs {
+                    self.some::<I, 1, BITS, EACH>(set, done + o, &scales[o * scales_a_row..], scales_a_row);
+                }
+            }
+            done += outputs;
+        }
+        SCALES.set(scales);
     }
 
     /// `O` outputs from the task's output `from` on, for every row of x.
@@ -146,12 +149,14 @@ impl Dots<'_> {
         // The last block, filled up.
         let whole = self.codes.row_bytes / bytes_a_block;
         let mut last = [[0u8; BLOCK]; O];
-        for o in 0..O {
-            let rest = &weights[o][whole * bytes_a_block..];
-            last[o][..rest.len()].copy_from_slice(rest);
+        if whole < self.x.blocks {
+            for o in 0..O {
+                let rest = &weights[o][whole * bytes_a_block..];
+                last[o][..rest.len()].copy_from_slice(rest);
+            }
         }
-        let last: [&[u8]; O] = std::array::from_fn(|o| &last[o][..bytes_a_block]);
         let starts_a_row = self.x.blocks * BLOCK / 4 / (8 / BITS);
+        let row_scales = self.codes.scales.of_rows().map(|scales| &scales[self.first + from..][..O]);
         let simd = set.float();
         for row in 0..self.x.rows {
             let codes = self.x.codes_of(row).as_chunks::<BLOCK>().0;
@@ -164,13 +169,19 @@ impl Dots<'_> {
             }
             if whole < self.x.blocks {
                 let b = whole;
+                let last: [&[u8]; O] = std::array::from_fn(|o| &last[o][..bytes_a_block]);
                 add_block::<I, O, BITS, EACH>(set, &mut sums, b, last, &scales, &codes[b], factors[b], starts);
             }
             // SAFETY: each task has outputs of its own.
             let out = unsafe { self.out.range(row * self.codes.outputs + self.first + from, O) };
-            for o in 0..O {
-                let scale = self.codes.scales.of_rows().map_or(1.0, |rows| rows[self.first + from + o]);
-                out[o] = simd.sum(sums[o]) * scale;
+            let sums = simd.sums(sums);
+            match row_scales {
+                Some(scales) => {
+                    for o in 0..O {
+                        out[o] = sums[o] * scales[o];
+                    }
+                }
+                None => out.copy_from_slice(&sums),
             }
         }
     }
@@ -196,23 +207,20 @@ fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
     let factor = simd.splat(factor);
     let sums_a_block = BLOCK / 4 / (8 / BITS);
     let starts = &starts[b * sums_a_block..][..sums_a_block];
-    let scale = |o: usize, chunk: usize| {
-        if EACH == 0 {
-            return factor;
-        }
-        let a_block = sums_a_block / EACH;
-        let first = b * a_block + chunk * lanes::<I>() / EACH;
-        simd.mul(set.spread(&scales[o][first..], EACH), factor)
-    };
     if BITS == 4 {
         for chunk in 0..BLOCK / 2 / bytes {
             let even = set.bytes(&x[chunk * bytes..]);
             let odd = set.bytes(&x[BLOCK / 2 + chunk * bytes..]);
             let start = set.load_sums(&starts[chunk * lanes::<I>()..]);
             for o in 0..O {
+                set.fetch_ahead(&weights[o][chunk * bytes..]);
                 let [low, high] = set.nibbles(&weights[o][chunk * bytes..]);
                 let products = set.dot4(set.dot4(start, low, even), high, odd);
-                sums[o] = simd.mul_add(set.to_float(products), scale(o, chunk), sums[o]);
+                sums[o] = simd.mul_add(
+                    set.to_float(products),
+                    scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor),
+                    sums[o],
+                );
             }
         }
         return;
@@ -225,12 +233,31 @@ fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
         let x = set.bytes(&x[chunk * bytes..]);
         let start = if I::OFFSET8 == 0 { set.splat_sum(0) } else { set.load_sums(&starts[chunk * lanes::<I>()..]) };
         for o in 0..O {
+            set.fetch_ahead(&weights[o][chunk * bytes..]);
             let codes = set.codes8(&weights[o][chunk * bytes..]);
             let before = if one && chunk > 0 { products[o] } else { start };
             products[o] = set.dot8(before, codes, x);
             if !one || chunk + 1 == chunks {
-                sums[o] = simd.mul_add(set.to_float(products[o]), scale(o, chunk), sums[o]);
+                sums[o] = simd.mul_add(
+                    set.to_float(products[o]),
+                    scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor),
+                    sums[o],
+                );
             }
         }
+    }
+}
+
+/// What the sums of the lanes from lane `first` of a row on are multiplied by.
+#[inline(always)]
+fn scale_of<I: Integer, const EACH: usize>(
+    set: I,
+    scales: &[f32],
+    first: usize,
+    factor: <I::Float as Simd>::Vector,
+) -> <I::Float as Simd>::Vector {
+    match first.checked_div(EACH) {
+        None => factor,
+        Some(at) => set.float().mul(set.spread(&scales[at..], EACH), factor),
     }
 }

@@ -69,10 +69,15 @@ impl<'a> Codes<'a> {
         self.scales.group().map_or(0, |group| BLOCK / group)
     }
 
-    /// The scales of a row as f32, `scales_a_block` for each block, zeros behind the last.
-    fn scales_of(&self, level: Level, row: usize, out: &mut [f32]) {
-        if let Some((bytes, dtype)) = self.scales.of_groups() {
-            let count = self.scales.per_row();
+    /// The scales of row `first` and of those behind it as f32, as many rows as `out` holds: `scales_a_block` for each
+    /// block, zeros behind the last of a row.
+    fn scales_of(&self, level: Level, first: usize, out: &mut [f32]) {
+        let (count, room) = (self.scales.per_row(), self.blocks() * self.scales_a_block());
+        let Some((bytes, dtype)) = self.scales.of_groups() else { return };
+        if count == room {
+            return widen_scales(level, bytes, dtype, first * count, out);
+        }
+        for (row, out) in (first..).zip(out.chunks_exact_mut(room)) {
             widen_scales(level, bytes, dtype, row * count, &mut out[..count]);
             out[count..].fill(0.0);
         }

@@ -4,7 +4,6 @@
 
 use super::activations::{PARTS, Quantised};
 use super::{BLOCK, Bits, Codes};
-use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
@@ -109,18 +108,20 @@ impl Task<'_> {
         }
         self.pack::<I>(columns, &mut panel[..len]);
         let a_block = self.codes.scales_a_block();
-        with_panels(&SCALES, blocks * a_block * (columns + 1), |scales| {
-            let (scales, one) = scales.split_at_mut(blocks * a_block * columns);
-            self.pack_scales(columns, scales, one);
-            match (self.codes.bits, a_block) {
-                (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, 1>(set, &panel, scales),
-                (Bits::Four, 2) => self.rows::<I, R, V, 4, 2>(set, &panel, scales),
-                (Bits::Four, _) => self.rows::<I, R, V, 4, 4>(set, &panel, scales),
-                (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, 1>(set, &panel, scales),
-                (Bits::Eight, 2) => self.rows::<I, R, V, 8, 2>(set, &panel, scales),
-                (Bits::Eight, _) => self.rows::<I, R, V, 8, 4>(set, &panel, scales),
-            }
-        });
+        let mut scales = SCALES.take();
+        scales.resize(blocks * a_block * (columns + 1), 0.0);
+        let (of_columns, one) = scales.split_at_mut(blocks * a_block * columns);
+        self.pack_scales(columns, of_columns, one);
+        let of_columns = &*of_columns;
+        match (self.codes.bits, a_block) {
+            (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, 1>(set, &panel, of_columns),
+            (Bits::Four, 2) => self.rows::<I, R, V, 4, 2>(set, &panel, of_columns),
+            (Bits::Four, _) => self.rows::<I, R, V, 4, 4>(set, &panel, of_columns),
+            (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, 1>(set, &panel, of_columns),
+            (Bits::Eight, 2) => self.rows::<I, R, V, 8, 2>(set, &panel, of_columns),
+            (Bits::Eight, _) => self.rows::<I, R, V, 8, 4>(set, &panel, of_columns),
+        }
+        SCALES.set(scales);
         PANEL.set(panel);
     }
 
@@ -201,7 +202,10 @@ impl Task<'_> {
                 }
                 let x: [&[[i8; 4]]; R] = std::array::from_fn(|r| &codes[r].as_chunks::<4>().0[s * units..][..units]);
                 for (u, panel) in panel.chunks_exact(columns * 4).enumerate() {
-                    let weights: [I::Bytes; V] = std::array::from_fn(|v| set.bytes(&panel[v * lanes::<I>() * 4..]));
+                    let mut weights = [set.splat_bytes(&[0; 4]); V];
+                    for v in 0..V {
+                        weights[v] = set.bytes(&panel[v * lanes::<I>() * 4..]);
+                    }
                     for r in 0..R {
                         let x = set.splat_bytes(&x[r][u]);
                         for v in 0..V {

@@ -70,6 +70,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     /// Sum of the lanes.
     fn sum(self, a: Self::Vector) -> f32;
+    /// The sum of each vector's lanes.
+    #[inline(always)]
+    fn sums<const N: usize>(self, vectors: [Self::Vector; N]) -> [f32; N] {
+        let mut sums = [0.0; N];
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = self.sum(vector);
+        }
+        sums
+    }
     /// Largest of the lanes.
     fn largest(self, a: Self::Vector) -> f32;
 

@@ -249,6 +249,24 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn sums<const N: usize>(self, vectors: [__m256; N]) -> [f32; N] {
+        let mut sums = [0.0; N];
+        let (sums_of_4, sums_of_1) = sums.as_chunks_mut::<4>();
+        let (by_4, by_1) = vectors.as_chunks::<4>();
+        for (sums, v) in sums_of_4.iter_mut().zip(by_4) {
+            // SAFETY: `self` exists, so the instructions are there; four sums are 128 bits.
+            unsafe {
+                let both = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+                let four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+                _mm_storeu_ps(sums.as_mut_ptr(), four);
+            }
+        }
+        for (sum, vector) in sums_of_1.iter_mut().zip(by_1) {
+            *sum = self.sum(*vector);
+        }
+        sums
+    }
+    #[inline(always)]
     fn largest(self, a: __m256) -> f32 {
         // SAFETY: `self` exists, so the instructions are there.
         unsafe {
@@ -376,6 +394,15 @@ impl Simd for Avx512 {
     fn sum(self, a: __m512) -> f32 {
         // SAFETY: `self` exists, so the instructions are there.
         unsafe { _mm512_reduce_add_ps(a) }
+    }
+    #[inline(always)]
+    fn sums<const N: usize>(self, vectors: [__m512; N]) -> [f32; N] {
+        let mut halves = [self.base().splat(0.0); N];
+        for (half, vector) in halves.iter_mut().zip(vectors) {
+            // SAFETY: `self` exists, so the instructions are there.
+            *half = unsafe { _mm256_add_ps(_mm512_castps512_ps256(vector), _mm512_extractf32x8_ps::<1>(vector)) };
+        }
+        self.base().sums(halves)
     }
     #[inline(always)]
     fn largest(self, a: __m512) -> f32 {
