@@ -14,5 +14,6 @@ pub mod quantise;
 pub mod rate;
 pub mod reward;
 pub mod sentences;
+pub mod synthesize;
 pub mod train;
 pub mod workers;

@@ -11,6 +11,7 @@ use candor_tools::merge::{self, MergeArgs};
 use candor_tools::rate::{self, RateArgs};
 use candor_tools::reward::command::{self as reward, RewardArgs};
 use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
+use candor_tools::synthesize::{self, SynthesizeArgs};
 use candor_tools::train::tuning::course::Stopped;
 use candor_tools::train::{self, TrainCommand};
 use clap::{Parser, Subcommand};
@@ -33,6 +34,8 @@ enum Command {
     Train(TrainCommand),
     /// Fold an adapter into a model's weights.
     Merge(MergeArgs),
+    /// Write a model folder of a published size with random weights, to measure speed and memory with.
+    Synthesize(SynthesizeArgs),
     /// Measure a model on labelled faces.
     Eval(EvalArgs),
     /// Measure a verifier on sentences whose emotions are known.
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Data(command) => data::run(command),
         Command::Train(command) => train::run(command),
         Command::Merge(args) => merge::run(&args),
+        Command::Synthesize(args) => synthesize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),
         Command::Reward(args) => reward::run(&args),
