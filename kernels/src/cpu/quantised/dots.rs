@@ -1,15 +1,17 @@
 //! Few rows: every output is a dot product, and the weight is read once, as it is stored.
 #![allow(clippy::needless_range_loop)] // several sums run by one index
 
-use super::activations::{PART, PARTS, Quantised};
-use super::{BLOCK, Bits, Codes};
-use crate::cpu::pool::{SharedSlice, ThreadPool};
+use super::activations::{PARTS, Quantised};
+use super::{BLOCK, Bits, Layer, layer_of};
+use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
 use std::cell::Cell;
 
 /// Weights that a task reads at least: fewer are not worth waking a thread.
 const GRAIN: usize = 64 * 1024;
+/// Tasks a thread, so that none waits long for the last one.
+const TASKS: usize = 4;
 /// Rows of the weight that one pass over x handles.
 const OUTPUTS: usize = 4;
 /// Rows of the weight whose scales are widened at once; they stay in level 1.
@@ -22,36 +24,29 @@ thread_local! {
     static STARTS: Cell<Vec<i32>> = const { Cell::new(Vec::new()) };
 }
 
-pub(super) fn dots(
-    level: Level,
-    pool: &ThreadPool,
-    x: &Quantised,
-    codes: Codes<'_>,
-    out: &mut [f32],
-    finish: impl Fn(&mut [f32], usize) + Sync,
-) {
-    let outputs = codes.outputs;
+pub(super) fn dots(level: Level, pool: &ThreadPool, x: &Quantised, layers: &[Layer<'_>]) {
+    let threads = pool.threads();
+    let share = |layer: &Layer<'_>| {
+        let fewest = GRAIN / (x.rows * layer.codes.depth.max(1)).max(1);
+        layer.codes.outputs.div_ceil(TASKS * threads).max(fewest).next_multiple_of(OUTPUTS)
+    };
+    let tasks = |layer: &Layer<'_>| layer.codes.outputs.div_ceil(share(layer));
     let mut starts = STARTS.take();
-    level.run_integer(Starts { x, codes, starts: &mut starts });
-    let share = outputs.div_ceil(4 * pool.threads()).max(GRAIN / (x.rows * codes.depth.max(1)).max(1));
-    let share = share.next_multiple_of(OUTPUTS);
-    let shared = SharedSlice::new(out);
-    pool.run(outputs.div_ceil(share), |task| {
-        let first = task * share;
-        let count = share.min(outputs - first);
-        level.run_integer(Dots { level, x, codes, starts: &starts, out: &shared, first, count });
-        for row in 0..x.rows {
-            // SAFETY: each task has outputs of its own.
-            finish(unsafe { shared.range(row * outputs + first, count) }, first);
-        }
+    level.run_integer(Starts { x, layers, starts: &mut starts });
+    pool.run(layers.iter().map(tasks).sum(), |task| {
+        let Some((layer, task)) = layer_of(layers, task, tasks) else { return };
+        let first = task * share(layer);
+        let count = share(layer).min(layer.codes.outputs - first);
+        level.run_integer(Dots { level, x, layer, starts: &starts, first, count });
+        layer.finish(level, 0..x.rows, first, count);
     });
     STARTS.set(starts);
 }
 
-/// What takes the codes' offset off again, in the first of the lanes whose sums are scaled as one.
+/// What takes the codes' offset off again: for each part the whole of it, in the first of the part's lanes.
 struct Starts<'a> {
     x: &'a Quantised,
-    codes: Codes<'a>,
+    layers: &'a [Layer<'a>],
     starts: &'a mut Vec<i32>,
 }
 
@@ -59,18 +54,16 @@ impl IntegerOperation for Starts<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Integer>(self, _: I) {
-        let (offset, lanes) = match self.codes.bits {
+        let Some(bits) = self.layers.first().map(|layer| layer.codes.bits) else { return };
+        let (offset, lanes) = match bits {
             Bits::Four => (OFFSET4, BLOCK / 8 / PARTS),
             Bits::Eight => (I::OFFSET8, BLOCK / 4 / PARTS),
         };
-        // Parts that are scaled as one; a block of 4-bit values is one vector or scaled vector by vector.
-        let parts = if self.codes.bits == Bits::Eight { self.codes.scales.group().unwrap_or(BLOCK) / PART } else { 1 };
         let count = self.x.rows * self.x.blocks * PARTS;
         self.starts.clear();
         self.starts.resize(count * lanes, 0);
-        let sums = self.x.sums[..count].chunks_exact(parts);
-        for (start, sums) in self.starts.chunks_exact_mut(parts * lanes).zip(sums) {
-            start[0] = -offset * sums.iter().sum::<i32>();
+        for (start, sum) in self.starts.chunks_exact_mut(lanes).zip(&self.x.sums[..count]) {
+            start[0] = -offset * sum;
         }
     }
 }
@@ -78,9 +71,8 @@ impl IntegerOperation for Starts<'_> {
 struct Dots<'a> {
     level: Level,
     x: &'a Quantised,
-    codes: Codes<'a>,
+    layer: &'a Layer<'a>,
     starts: &'a [i32],
-    out: &'a SharedSlice<'a, f32>,
     first: usize,
     count: usize,
 }
@@ -90,11 +82,11 @@ impl IntegerOperation for Dots<'_> {
     #[inline(always)]
     fn run<I: Integer>(self, set: I) {
         // Lanes that share a scale; none where a row has one scale.
-        let each = self.codes.scales.group().map_or(0, |group| match self.codes.bits {
+        let each = self.layer.codes.scales.group().map_or(0, |group| match self.layer.codes.bits {
             Bits::Four => group / 8,
             Bits::Eight => group / 4,
         });
-        match (self.codes.bits, each) {
+        match (self.layer.codes.bits, each) {
             (Bits::Four, 0) => self.all::<I, 4, 0>(set),
             (Bits::Four, 4) => self.all::<I, 4, 4>(set),
             (Bits::Four, 8) => self.all::<I, 4, 8>(set),
@@ -111,7 +103,7 @@ impl Dots<'_> {
     #[inline(always)]
     fn all<I: Integer, const BITS: usize, const EACH: usize>(&self, set: I) {
         // No closures here and below: they would not be compiled with the set's features.
-        let scales_a_row = self.codes.blocks() * self.codes.scales_a_block();
+        let scales_a_row = self.layer.codes.blocks() * self.layer.codes.scales_a_block();
         let mut scales = SCALES.take();
         scales.resize(SCALED * scales_a_row, 0.0);
         let mut done = 0;
@@ -119,7 +111,7 @@ impl Dots<'_> {
             let outputs = OUTPUTS.min(self.count - done);
             if scales_a_row > 0 && done % SCALED == 0 {
                 let rows = SCALED.min(self.count - done);
-                self.codes.scales_of(self.level, self.first + done, &mut scales[..rows * scales_a_row]);
+                self.layer.codes.scales_of(self.level, self.first + done, &mut scales[..rows * scales_a_row]);
             }
             let scales = &scales[done % SCALED * scales_a_row..];
             if outputs == OUTPUTS {
@@ -144,10 +136,10 @@ impl Dots<'_> {
         scales_a_row: usize,
     ) {
         let bytes_a_block = BLOCK * BITS / 8;
-        let weights: [&[u8]; O] = std::array::from_fn(|o| self.codes.row(self.first + from + o));
+        let weights: [&[u8]; O] = std::array::from_fn(|o| self.layer.codes.row(self.first + from + o));
         let scales: [&[f32]; O] = std::array::from_fn(|o| &scales[o * scales_a_row..][..scales_a_row]);
         // The last block, filled up.
-        let whole = self.codes.row_bytes / bytes_a_block;
+        let whole = self.layer.codes.row_bytes / bytes_a_block;
         let mut last = [[0u8; BLOCK]; O];
         if whole < self.x.blocks {
             for o in 0..O {
@@ -156,7 +148,7 @@ impl Dots<'_> {
             }
         }
         let starts_a_row = self.x.blocks * BLOCK / 4 / (8 / BITS);
-        let row_scales = self.codes.scales.of_rows().map(|scales| &scales[self.first + from..][..O]);
+        let row_scales = self.layer.codes.scales.of_rows().map(|scales| &scales[self.first + from..][..O]);
         let simd = set.float();
         for row in 0..self.x.rows {
             let codes = self.x.codes_of(row).as_chunks::<BLOCK>().0;
@@ -173,7 +165,7 @@ impl Dots<'_> {
                 add_block::<I, O, BITS, EACH>(set, &mut sums, b, last, &scales, &codes[b], factors[b], starts);
             }
             // SAFETY: each task has outputs of its own.
-            let out = unsafe { self.out.range(row * self.codes.outputs + self.first + from, O) };
+            let out = unsafe { self.layer.out.range(row * self.layer.codes.outputs + self.first + from, O) };
             let sums = simd.sums(sums);
             match row_scales {
                 Some(scales) => {
@@ -225,25 +217,15 @@ fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
         }
         return;
     }
-    // Where all of the block shares a scale, there is but one sum of integers.
-    let one = EACH == 0 || EACH >= sums_a_block;
-    let mut products = [set.splat_sum(0); O];
     let chunks = BLOCK / bytes;
     for chunk in 0..chunks {
         let x = set.bytes(&x[chunk * bytes..]);
         let start = if I::OFFSET8 == 0 { set.splat_sum(0) } else { set.load_sums(&starts[chunk * lanes::<I>()..]) };
         for o in 0..O {
             set.fetch_ahead(&weights[o][chunk * bytes..]);
-            let codes = set.codes8(&weights[o][chunk * bytes..]);
-            let before = if one && chunk > 0 { products[o] } else { start };
-            products[o] = set.dot8(before, codes, x);
-            if !one || chunk + 1 == chunks {
-                sums[o] = simd.mul_add(
-                    set.to_float(products[o]),
-                    scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor),
-                    sums[o],
-                );
-            }
+            let products = set.dot8(start, set.codes8(&weights[o][chunk * bytes..]), x);
+            let scale = scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor);
+            sums[o] = simd.mul_add(set.to_float(products), scale, sums[o]);
         }
     }
 }

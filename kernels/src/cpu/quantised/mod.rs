@@ -12,7 +12,7 @@ mod plain;
 mod product;
 
 use crate::cpu::elementwise::Finish;
-use crate::cpu::pool::ThreadPool;
+use crate::cpu::pool::{SharedSlice, ThreadPool};
 use crate::cpu::simd::Level;
 use crate::cpu::stored::widen_scales;
 use crate::device::Activation;
@@ -43,6 +43,16 @@ enum Bits {
 }
 
 impl<'a> Codes<'a> {
+    /// Elements of a row.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Whether layers of these weights can be computed of one x at once.
+    pub(crate) fn goes_with(&self, other: &Codes<'_>) -> bool {
+        self.bits == other.bits && self.depth == other.depth
+    }
+
     /// The codes of a tensor of integers.
     pub(crate) fn of(tensor: &'a HostTensor) -> Option<Self> {
         let bits = match tensor.dtype() {
@@ -84,39 +94,67 @@ impl<'a> Codes<'a> {
     }
 }
 
-/// `out = activation(x · weightᵀ + bias)`: x `[rows, depth]`, out `[rows, outputs]`, of just these sizes.
-pub(crate) fn linear(
-    level: Level,
-    pool: &ThreadPool,
-    x: &[f32],
-    rows: usize,
-    codes: Codes<'_>,
-    bias: Option<&[f32]>,
+/// A layer and where its output goes: `activation(x · weightᵀ + bias)`, `[rows, outputs]`.
+pub(crate) struct Layer<'a> {
+    codes: Codes<'a>,
+    bias: Option<&'a [f32]>,
     activation: Activation,
-    out: &mut [f32],
-) {
-    if rows == 0 || codes.outputs == 0 {
-        return;
+    out: SharedSlice<'a, f32>,
+}
+
+impl<'a> Layer<'a> {
+    /// `bias` has as many elements as there are outputs, `out` as many times `rows`.
+    pub(crate) fn new(codes: Codes<'a>, bias: Option<&'a [f32]>, activation: Activation, out: &'a mut [f32]) -> Self {
+        Layer { codes, bias, activation, out: SharedSlice::new(out) }
     }
-    let finish = |piece: &mut [f32], first: usize| {
-        let bias = bias.map(|bias| &bias[first..first + piece.len()]);
-        if bias.is_some() || activation != Activation::Identity {
-            level.run(Finish { row: piece, bias, activation });
+
+    /// Bias and activation of outputs `first .. first + count` of some rows, whose sums are there.
+    fn finish(&self, level: Level, rows: std::ops::Range<usize>, first: usize, count: usize) {
+        let bias = self.bias.map(|bias| &bias[first..first + count]);
+        if bias.is_none() && self.activation == Activation::Identity {
+            return;
         }
-    };
+        for row in rows {
+            // SAFETY: each task has outputs of its own.
+            let piece = unsafe { self.out.range(row * self.codes.outputs + first, count) };
+            level.run(Finish { row: piece, bias, activation: self.activation });
+        }
+    }
+}
+
+/// What several layers of equal bits make of one x `[rows, depth]`.
+pub(crate) fn linear(level: Level, pool: &ThreadPool, x: &[f32], rows: usize, layers: &[Layer<'_>]) {
+    let Some(Layer { codes: Codes { bits, depth, .. }, .. }) = layers.first() else { return };
+    debug_assert!(layers.iter().all(|layer| layer.codes.bits == *bits && layer.codes.depth == *depth));
     let few = rows <= DOT_ROWS;
-    let order = match (codes.bits, few) {
+    let order = match (bits, few) {
         (Bits::Eight, _) => Order::Natural,
         (Bits::Four, true) => Order::Halves,
         (Bits::Four, false) => Order::Words,
     };
-    with_quantised(level, pool, x, rows, codes.depth, order, |x| {
+    with_quantised(level, pool, x, rows, *depth, order, |x| {
         if few {
-            dots::dots(level, pool, x, codes, out, finish);
+            dots::dots(level, pool, x, layers);
         } else {
-            product::product(level, pool, x, codes, out, finish);
+            product::product(level, pool, x, layers);
         }
     });
+}
+
+/// The layer of task `task`, and which of its tasks this is, where each layer has `tasks(layer)` tasks.
+fn layer_of<'a, 'b>(
+    layers: &'a [Layer<'b>],
+    mut task: usize,
+    tasks: impl Fn(&Layer<'b>) -> usize,
+) -> Option<(&'a Layer<'b>, usize)> {
+    for layer in layers {
+        let own = tasks(layer);
+        if task < own {
+            return Some((layer, task));
+        }
+        task -= own;
+    }
+    None
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 #![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
 use super::activations::{PARTS, Quantised};
-use super::{BLOCK, Bits, Codes};
-use crate::cpu::pool::{SharedSlice, ThreadPool};
+use super::{BLOCK, Bits, Layer, layer_of};
+use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
 use std::cell::Cell;
@@ -13,6 +13,8 @@ use std::cell::Cell;
 const UNITS: usize = BLOCK / 4;
 /// Fewer rows than this are not split among tasks, as each of them packs its panels anew.
 const TASK_ROWS: usize = 128;
+/// Tasks a thread.
+const TASKS: usize = 8;
 /// Outputs of the widest panel.
 const MAX_COLUMNS: usize = 48;
 
@@ -23,41 +25,24 @@ thread_local! {
     static SCALES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-pub(super) fn product(
-    level: Level,
-    pool: &ThreadPool,
-    x: &Quantised,
-    codes: Codes<'_>,
-    out: &mut [f32],
-    finish: impl Fn(&mut [f32], usize) + Sync,
-) {
+pub(super) fn product(level: Level, pool: &ThreadPool, x: &Quantised, layers: &[Layer<'_>]) {
     let columns = level.run_integer(PanelColumns);
-    let panels = codes.outputs.div_ceil(columns);
+    let panels = |layer: &Layer<'_>| layer.codes.outputs.div_ceil(columns);
     let threads = pool.threads();
     // Enough tasks that no thread waits long for the last one.
-    let wanted = if threads == 1 { 1 } else { 8 * threads };
-    let row_tasks = wanted.div_ceil(panels).clamp(1, (x.rows / TASK_ROWS).max(1));
+    let wanted = if threads == 1 { 1 } else { TASKS * threads };
+    let row_tasks = wanted.div_ceil(layers.iter().map(panels).sum()).clamp(1, (x.rows / TASK_ROWS).max(1));
     let rows_a_task = x.rows.div_ceil(row_tasks).next_multiple_of(8);
     let row_tasks = x.rows.div_ceil(rows_a_task);
-    let shared = SharedSlice::new(out);
-    pool.run(panels * row_tasks, |task| {
+    let tasks = |layer: &Layer<'_>| panels(layer) * row_tasks;
+    pool.run(layers.iter().map(tasks).sum(), |task| {
+        let Some((layer, task)) = layer_of(layers, task, tasks) else { return };
         let first = task / row_tasks * columns;
         let first_row = task % row_tasks * rows_a_task;
-        let task = Task {
-            level,
-            x,
-            codes,
-            rows: first_row..x.rows.min(first_row + rows_a_task),
-            first,
-            count: columns.min(codes.outputs - first),
-            out: &shared,
-        };
-        let (rows, count) = (task.rows.clone(), task.count);
-        level.run_integer(task);
-        for row in rows {
-            // SAFETY: each task has outputs of its own.
-            finish(unsafe { shared.range(row * codes.outputs + first, count) }, first);
-        }
+        let rows = first_row..x.rows.min(first_row + rows_a_task);
+        let count = columns.min(layer.codes.outputs - first);
+        level.run_integer(Task { level, x, layer, rows: rows.clone(), first, count });
+        layer.finish(level, rows, first, count);
     });
 }
 
@@ -76,11 +61,10 @@ impl IntegerOperation for PanelColumns {
 struct Task<'a> {
     level: Level,
     x: &'a Quantised,
-    codes: Codes<'a>,
+    layer: &'a Layer<'a>,
     rows: std::ops::Range<usize>,
     first: usize,
     count: usize,
-    out: &'a SharedSlice<'a, f32>,
 }
 
 impl IntegerOperation for Task<'_> {
@@ -100,20 +84,20 @@ impl Task<'_> {
     #[inline(always)]
     fn tiles<I: Integer, const R: usize, const V: usize>(&self, set: I) {
         let columns = V * lanes::<I>();
-        let blocks = self.codes.blocks();
+        let blocks = self.layer.codes.blocks();
         let mut panel = PANEL.take();
         let len = blocks * UNITS * columns * 4;
         if panel.len() < len {
             panel.resize(len, 0);
         }
         self.pack::<I>(columns, &mut panel[..len]);
-        let a_block = self.codes.scales_a_block();
+        let a_block = self.layer.codes.scales_a_block();
         let mut scales = SCALES.take();
         scales.resize(blocks * a_block * (columns + 1), 0.0);
         let (of_columns, one) = scales.split_at_mut(blocks * a_block * columns);
         self.pack_scales(columns, of_columns, one);
         let of_columns = &*of_columns;
-        match (self.codes.bits, a_block) {
+        match (self.layer.codes.bits, a_block) {
             (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, 1>(set, &panel, of_columns),
             (Bits::Four, 2) => self.rows::<I, R, V, 4, 2>(set, &panel, of_columns),
             (Bits::Four, _) => self.rows::<I, R, V, 4, 4>(set, &panel, of_columns),
@@ -130,12 +114,12 @@ impl Task<'_> {
     fn pack<I: Integer>(&self, columns: usize, panel: &mut [u8]) {
         let flip = if I::OFFSET8 == 0 { 0 } else { 0x8080_8080 };
         for column in 0..self.count {
-            let row = self.codes.row(self.first + column);
+            let row = self.layer.codes.row(self.first + column);
             let (words, rest) = row.as_chunks::<4>();
             let mut last = [0; 4];
             last[..rest.len()].copy_from_slice(rest);
             let words = words.iter().chain((!rest.is_empty()).then_some(&last));
-            match self.codes.bits {
+            match self.layer.codes.bits {
                 Bits::Four => {
                     let units = panel.chunks_exact_mut(2 * columns * 4);
                     for (units, word) in units.zip(words) {
@@ -161,7 +145,7 @@ impl Task<'_> {
             return;
         }
         for column in 0..self.count {
-            self.codes.scales_of(self.level, self.first + column, one);
+            self.layer.codes.scales_of(self.level, self.first + column, one);
             for (to, &scale) in scales.chunks_exact_mut(columns).zip(&*one) {
                 to[column] = scale;
             }
@@ -231,8 +215,9 @@ impl Task<'_> {
             }
             for (r, tile) in tile.iter().enumerate().take(height) {
                 // SAFETY: each task has outputs of its own.
-                let out = unsafe { self.out.range((first + r) * self.codes.outputs + self.first, self.count) };
-                match self.codes.scales.of_rows() {
+                let out =
+                    unsafe { self.layer.out.range((first + r) * self.layer.codes.outputs + self.first, self.count) };
+                match self.layer.codes.scales.of_rows() {
                     Some(scales) => {
                         let scales = &scales[self.first..];
                         out.iter_mut().zip(tile).zip(scales).for_each(|((out, sum), scale)| *out = sum * scale);

@@ -80,7 +80,7 @@ fn every_level_shape_and_type_matches_the_definition() {
                         for level in Level::all() {
                             let codes = Codes::of(&tensor).expect("integers");
                             let mut out = vec![f32::NAN; rows * outputs];
-                            linear(level, &pool, &x, rows, codes, None, Activation::Identity, &mut out);
+                            linear(level, &pool, &x, rows, &[Layer::new(codes, None, Activation::Identity, &mut out)]);
                             for (i, (out, expected)) in out.iter().zip(&expected).enumerate() {
                                 let error = (f64::from(*out) - expected).abs() / most;
                                 let about = format!("{level:?} {dtype} {group:?} {rows}x{outputs}x{depth} at {i}");
@@ -106,7 +106,7 @@ fn bias_and_activation_come_after_the_product() {
             let pool = ThreadPool::new(Some(2));
             let mut out = vec![0.0; rows * 60];
             let codes = Codes::of(&tensor).expect("integers");
-            linear(level, &pool, &x, rows, codes, Some(&bias), Activation::Relu, &mut out);
+            linear(level, &pool, &x, rows, &[Layer::new(codes, Some(&bias), Activation::Relu, &mut out)]);
             for (i, out) in out.iter().enumerate() {
                 let expected = (expected[i] + f64::from(bias[i % 60])).max(0.0);
                 assert!((f64::from(*out) - expected).abs() < 1e-4, "{level:?}: {out} is not {expected}");
@@ -126,7 +126,8 @@ fn what_is_no_number_stays_none() {
                 x[299] = bad;
                 let mut out = vec![0.0; rows * 5];
                 let codes = Codes::of(&tensor).expect("integers");
-                linear(level, &ThreadPool::new(Some(1)), &x, rows, codes, None, Activation::Identity, &mut out);
+                let layer = Layer::new(codes, None, Activation::Identity, &mut out);
+                linear(level, &ThreadPool::new(Some(1)), &x, rows, &[layer]);
                 assert!(out[..5].iter().all(|v| v.is_nan()), "{level:?} {bad}: {out:?}");
                 assert!(out[5..].iter().all(|v| v.is_finite()), "{level:?} {bad}: {out:?}");
             }
