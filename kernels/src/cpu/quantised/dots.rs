@@ -5,7 +5,7 @@ use super::activations::{PARTS, Quantised};
 use super::{BLOCK, Bits, Layer, layer_of};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
-use crate::cpu::simd::{Level, Simd};
+use crate::cpu::simd::{Level, Simd, fetch_ahead};
 use std::cell::Cell;
 
 /// Weights that a task reads at least: fewer are not worth waking a thread.
@@ -205,7 +205,7 @@ fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
             let odd = set.bytes(&x[BLOCK / 2 + chunk * bytes..]);
             let start = set.load_sums(&starts[chunk * lanes::<I>()..]);
             for o in 0..O {
-                set.fetch_ahead(&weights[o][chunk * bytes..]);
+                fetch_ahead(&weights[o][chunk * bytes..]);
                 let [low, high] = set.nibbles(&weights[o][chunk * bytes..]);
                 let products = set.dot4(set.dot4(start, low, even), high, odd);
                 sums[o] = simd.mul_add(
@@ -222,7 +222,7 @@ fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
         let x = set.bytes(&x[chunk * bytes..]);
         let start = if I::OFFSET8 == 0 { set.splat_sum(0) } else { set.load_sums(&starts[chunk * lanes::<I>()..]) };
         for o in 0..O {
-            set.fetch_ahead(&weights[o][chunk * bytes..]);
+            fetch_ahead(&weights[o][chunk * bytes..]);
             let products = set.dot8(start, set.codes8(&weights[o][chunk * bytes..]), x);
             let scale = scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor);
             sums[o] = simd.mul_add(set.to_float(products), scale, sums[o]);

@@ -8,9 +8,6 @@ use super::{Portable, Simd};
 /// What is added to a 4-bit value: codes are multiplied as they are stored.
 pub(crate) const OFFSET4: i32 = 8;
 
-/// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
-pub(crate) const AHEAD: usize = 8192;
-
 /// Work that can be compiled for every instruction set that multiplies bytes.
 pub(crate) trait IntegerOperation {
     type Output;
@@ -31,11 +28,6 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// Runs code with the instruction set switched on.
     fn enter<O: IntegerOperation>(self, operation: O) -> O::Output;
     fn float(self) -> Self::Float;
-    /// Has the memory fetch what lies [`AHEAD`] bytes behind the start of `from`, if there is anything.
-    #[inline(always)]
-    fn fetch_ahead(self, from: &[u8]) {
-        let _ = from;
-    }
     /// `4 · LANES` bytes as they are.
     fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// The first four bytes, in every lane.

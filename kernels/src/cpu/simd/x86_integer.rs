@@ -1,6 +1,6 @@
 //! Byte products of AVX2, AVX-VNNI and AVX-512 VNNI.
 
-use super::integer::{AHEAD, Integer, IntegerOperation};
+use super::integer::{Integer, IntegerOperation};
 use super::x86::{Avx2, Avx512};
 use std::arch::x86_64::*;
 
@@ -41,11 +41,6 @@ macro_rules! bytes_of_256_bits {
         type Bytes = __m256i;
         type Sums = __m256i;
 
-        #[inline(always)]
-        fn fetch_ahead(self, from: &[u8]) {
-            // SAFETY: every x86-64 has the instruction, and it takes any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast()) }
-        }
         #[inline(always)]
         fn bytes(self, from: &[u8]) -> __m256i {
             // SAFETY: `self` exists, so the instructions are there; the slicing checked the length.
@@ -189,11 +184,6 @@ impl Integer for Avx512Vnni {
     #[inline(always)]
     fn float(self) -> Avx512 {
         self.0
-    }
-    #[inline(always)]
-    fn fetch_ahead(self, from: &[u8]) {
-        // SAFETY: every x86-64 has the instruction, and it takes any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast()) }
     }
     #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m512i {
