@@ -1,6 +1,6 @@
 //! Decoder sessions: runs, roll-back, reuse, and inputs that do not fit.
 
-use candor::model::{DecodeError, LanguageModel, Model, ModelError, Piece, Session};
+use candor::model::{DecodeError, LanguageModel, Model, ModelError, Piece, Rows, Session};
 use candor_kernels::cpu::CpuDevice;
 
 use super::weights::{Case, uniform, write_folder};
@@ -157,4 +157,114 @@ fn equal_frames_have_the_features_that_each_has_alone() {
         assert!(place(0) == place(2) && place(1) == place(4) && place(0) != place(1) && place(1) != place(3));
     }
     assert_eq!(host(&mut model, &[&c; 4]), alone_c.repeat(4));
+}
+
+/// The logits that `start` gives, and those that `start_again` gives behind another prompt; and positions it read.
+fn again(model: &Model<CpuDevice>, before: &[Piece<'_, CpuDevice>], prompt: &[Piece<'_, CpuDevice>]) -> (f64, u64) {
+    let mut session = model.session(400).expect("a session");
+    let plain = session.start(prompt).expect("the prompt fits").to_vec();
+    session.start(before).expect("the prompt fits");
+    session.append(&[3, 4, 5]).expect("it fits");
+    let read = session.reading().positions;
+    let logits = session.start_again(prompt).expect("the prompt fits").to_vec();
+    let read = session.reading().positions - read;
+    assert_eq!(session.position(), prompt.iter().map(Piece::len).sum::<usize>());
+    // What follows is the same too.
+    let behind = session.append(&[7, 8]).expect("it fits").to_vec();
+    session.start(prompt).expect("the prompt fits");
+    let error = relative_error(&behind, session.append(&[7, 8]).expect("it fits"));
+    (relative_error(&logits, &plain).max(error), read)
+}
+
+#[test]
+fn what_a_prompt_shares_with_the_last_one_is_not_read_again() {
+    let model = open();
+    let text = ids(300);
+    let changed: Vec<u32> = text.iter().enumerate().map(|(i, &id)| if i == 140 { (id + 1) % 97 } else { id }).collect();
+    let tokens = Piece::Tokens;
+    for (before, prompt, expected) in [
+        (&text[..300], &text[..300], 0),
+        (&text[..300], &text[..200], 0),
+        (&text[..200], &text[..300], 100),
+        (&changed[..300], &text[..300], 160),
+        (&text[20..40], &text[..20], 20),
+        // Too little to keep.
+        (&text[..15], &text[..40], 40),
+    ] {
+        let (error, read) = again(&model, &[tokens(before)], &[tokens(prompt)]);
+        assert_eq!(read, expected);
+        assert!(error < CLOSE, "{error:.1e}");
+    }
+}
+
+#[test]
+fn rows_are_read_again_as_soon_as_they_are_written() {
+    let model = open();
+    let width = model.config().decoder.width;
+    let values: Vec<f32> = uniform("rows", 20 * width).map(|v| v as f32).collect();
+    let mut rows = model.rows().expect("a buffer");
+    rows.write(model.device(), &values, width).expect("whole rows");
+    let text = ids(60);
+    fn prompt<'a>(text: &'a [u32], rows: &'a Rows<CpuDevice>) -> [Piece<'a, CpuDevice>; 3] {
+        [Piece::Tokens(&text[..30]), Piece::Rows(rows), Piece::Tokens(&text[30..])]
+    }
+    let mut session = model.session(110).expect("a session");
+    let first = session.start(&prompt(&text, &rows)).expect("it fits").to_vec();
+    let read = |session: &mut Session<CpuDevice>, rows: &Rows<CpuDevice>| {
+        let before = session.reading().positions;
+        let logits = session.start_again(&prompt(&text, rows)).expect("it fits").to_vec();
+        (session.reading().positions - before, logits)
+    };
+    assert_eq!(read(&mut session, &rows), (0, first.clone()));
+    rows.write(model.device(), &values, width).expect("whole rows");
+    let (positions, logits) = read(&mut session, &rows);
+    assert_eq!(positions, 50);
+    assert!(relative_error(&logits, &first) < CLOSE);
+    let other: Vec<f32> = values.iter().map(|value| -value).collect();
+    rows.write(model.device(), &other, width).expect("whole rows");
+    let (positions, logits) = read(&mut session, &rows);
+    assert_eq!(positions, 50);
+    assert!(relative_error(&logits, &first) > CLOSE, "other rows give other logits");
+}
+
+#[test]
+fn projected_frames_are_those_of_the_whole_window() {
+    for (name, variant) in [("even", "tied.f32"), ("wide", "f32")] {
+        let case = Case::load(name);
+        let variants = case.variants();
+        let variant = variants.iter().find(|known| *known == variant).unwrap_or(&variants[0]);
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        write_folder(folder.path(), &case.config(variant), &case.tensors(variant));
+        let mut model = Model::open(folder.path(), device()).expect("the model opens");
+        let (patches, width) = (model.config().vision.patches(), model.config().vision.width);
+        let frame =
+            |key: u64| uniform(&format!("frame {key}"), patches * width).map(|v| v as f32).collect::<Vec<f32>>();
+        let (mut states, mut plain, mut kept) = (model.rows().unwrap(), model.rows().unwrap(), model.rows().unwrap());
+        let gate = [0.2, 0.5, 0.3];
+        let mut worst: f64 = 0.0;
+        // Sliding, still, jumping, equal frames, backwards, another number of frames.
+        let windows: [&[u64]; 9] = [
+            &[0, 1, 2, 3],
+            &[1, 2, 3, 4],
+            &[1, 2, 3, 4],
+            &[3, 4, 5, 6],
+            &[6, 6, 6, 6],
+            &[6, 5, 6, 7],
+            &[7, 6, 5, 6],
+            &[5, 6, 7],
+            &[6, 7, 8, 9],
+        ];
+        for keys in windows {
+            let values: Vec<f32> = keys.iter().flat_map(|&key| frame(key)).collect();
+            let device = model.device().clone();
+            states.write(&device, &values, width).expect("whole rows");
+            model.video_tokens(&states, gate, &mut plain).expect("the projector runs");
+            model.video_tokens_again(&states, keys, gate, &mut kept).expect("the projector runs");
+            let error = relative_error(&kept.to_host(&device).unwrap(), &plain.to_host(&device).unwrap());
+            assert!(error < CLOSE, "{name} {keys:?}: {error:.1e}");
+            worst = worst.max(error);
+        }
+        println!("{name}: largest relative error {worst:.1e}");
+        assert!(model.video_tokens_again(&states, &[1], gate, &mut kept).is_err(), "a name for each frame");
+    }
 }

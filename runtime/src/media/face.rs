@@ -197,14 +197,14 @@ impl FaceDetector {
     /// The largest face of a window, followed through its frames. `None` where there is none, or where it shows in fewer
     /// than a quarter of the frames.
     pub fn find<F: Borrow<Frame>>(&mut self, frames: &[F]) -> Result<Option<WindowFace>, FaceError> {
-        let mut found = Vec::with_capacity(frames.len());
-        for frame in frames {
-            let frame = frame.borrow();
-            let faces = self.detect(frame)?;
-            let relative = |face: &FaceBox| face.scaled(1.0 / frame.width as f32, 1.0 / frame.height as f32);
-            found.push(faces.iter().map(relative).collect::<Vec<_>>());
-        }
+        let found: Vec<_> = frames.iter().map(|frame| self.look(frame.borrow())).collect::<Result<_, _>>()?;
         Ok(follow_largest(&found))
+    }
+
+    /// The faces of a frame in shares of its width and height, for [`follow_largest`].
+    pub(crate) fn look(&mut self, frame: &Frame) -> Result<Vec<FaceBox>, FaceError> {
+        let faces = self.detect(frame)?;
+        Ok(faces.iter().map(|face| face.scaled(1.0 / frame.width as f32, 1.0 / frame.height as f32)).collect())
     }
 }
 
@@ -220,18 +220,18 @@ fn to_box(info: &rustface::FaceInfo) -> FaceBox {
 }
 
 /// Follows the largest face of all frames forwards and backwards by overlap, and takes the median of its boxes.
-fn follow_largest(found: &[Vec<FaceBox>]) -> Option<WindowFace> {
+pub(crate) fn follow_largest<F: Borrow<[FaceBox]>>(found: &[F]) -> Option<WindowFace> {
     let largest = |faces: &[FaceBox]| faces.iter().copied().max_by(|a, b| a.area().total_cmp(&b.area()));
     let (start, first) = found
         .iter()
         .enumerate()
-        .filter_map(|(i, faces)| Some((i, largest(faces)?)))
+        .filter_map(|(i, faces)| Some((i, largest(faces.borrow())?)))
         .max_by(|(_, a), (_, b)| a.area().total_cmp(&b.area()))?;
     let mut track = vec![first];
-    let mut follow = |frames: &mut dyn Iterator<Item = &Vec<FaceBox>>| {
+    let mut follow = |frames: &mut dyn Iterator<Item = &F>| {
         let mut last = first;
         for faces in frames {
-            let next = faces.iter().copied().max_by(|a, b| a.overlap(&last).total_cmp(&b.overlap(&last)));
+            let next = faces.borrow().iter().copied().max_by(|a, b| a.overlap(&last).total_cmp(&b.overlap(&last)));
             if let Some(next) = next.filter(|next| next.overlap(&last) >= SAME_FACE) {
                 track.push(next);
                 last = next;
@@ -255,7 +255,7 @@ fn follow_largest(found: &[Vec<FaceBox>]) -> Option<WindowFace> {
             score: middle(|face| face.score),
         },
         found_in: track.len(),
-        people: found.iter().map(Vec::len).max().unwrap_or(0),
+        people: found.iter().map(|faces| faces.borrow().len()).max().unwrap_or(0),
     })
 }
 

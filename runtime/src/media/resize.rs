@@ -318,6 +318,23 @@ impl Preprocess {
         Ok(rgb)
     }
 
+    /// Whether the settings are in range, and frames and squares are as many as they must be.
+    pub(crate) fn check_window<F>(
+        &self,
+        frames: &[F],
+        squares: &[Square],
+        wanted: usize,
+    ) -> Result<(), PreprocessError> {
+        self.check()?;
+        if frames.len() > wanted {
+            return Err(PreprocessError::Frames { got: frames.len(), wanted });
+        }
+        if self.fit == Fit::Face && squares.len() != frames.len() {
+            return Err(PreprocessError::Squares { frames: frames.len(), squares: squares.len() });
+        }
+        Ok(())
+    }
+
     /// The vision tower's input of a window: `wanted` pictures in the given layout, normalised to -1..1. Where there are
     /// fewer frames, black pictures follow. `squares` holds one cut a frame where the fit is `face`, else it is not read.
     pub fn pixels<F: Borrow<Frame>>(
@@ -327,30 +344,28 @@ impl Preprocess {
         wanted: usize,
         layout: PixelLayout,
     ) -> Result<Vec<f32>, PreprocessError> {
-        self.check()?;
-        if frames.len() > wanted {
-            return Err(PreprocessError::Frames { got: frames.len(), wanted });
-        }
-        if self.fit == Fit::Face && squares.len() != frames.len() {
-            return Err(PreprocessError::Squares { frames: frames.len(), squares: squares.len() });
-        }
-        let scale = normalisation();
-        let picture_length = self.side * self.side * 3;
+        self.check_window(frames, squares, wanted)?;
         let mut pixels = Vec::new();
         for (i, frame) in frames.iter().enumerate() {
-            let rgb = self.picture(frame.borrow(), squares.get(i).copied())?;
-            let value = |byte: &u8| scale[usize::from(*byte)];
-            match layout {
-                PixelLayout::ChannelsLast => pixels.extend(rgb.iter().map(value)),
-                PixelLayout::ChannelsFirst => {
-                    for channel in 0..3 {
-                        pixels.extend(rgb.iter().skip(channel).step_by(3).map(value));
-                    }
-                }
+            append_pixels(&self.picture(frame.borrow(), squares.get(i).copied())?, layout, &mut pixels);
+        }
+        let picture_length = self.side * self.side * 3;
+        pixels.resize(wanted * picture_length, normalisation()[0]);
+        Ok(pixels)
+    }
+}
+
+/// Appends a picture of [`Preprocess::picture`] as the vision tower's input, normalised to -1..1.
+pub fn append_pixels(rgb: &[u8], layout: PixelLayout, pixels: &mut Vec<f32>) {
+    let scale = normalisation();
+    let value = |byte: &u8| scale[usize::from(*byte)];
+    match layout {
+        PixelLayout::ChannelsLast => pixels.extend(rgb.iter().map(value)),
+        PixelLayout::ChannelsFirst => {
+            for channel in 0..3 {
+                pixels.extend(rgb.iter().skip(channel).step_by(3).map(value));
             }
         }
-        pixels.resize(wanted * picture_length, scale[0]);
-        Ok(pixels)
     }
 }
 

@@ -6,12 +6,16 @@ use candor_kernels::{Activation, AttentionShape, CacheType, Device, DeviceError,
 
 use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
+use super::held::Held;
 use super::layers::{Bias, Linear, Loader};
 use super::rows::allocate;
 use super::{DecodeError, LanguageModel, ModelError, Rows};
 
 /// Positions that are computed at once. Longer inputs go through in runs of this length, which bounds the buffers.
 const RUN: usize = 128;
+/// Fewer positions than this are not kept for the next prompt: what a cache of bytes takes off its keys comes from the
+/// first keys of a sequence, and must be that of the prompt.
+const KEPT: usize = 16;
 /// Positions whose logits are computed at once where all are wanted; vocabularies are large.
 const HEAD_RUN: usize = 32;
 
@@ -347,10 +351,21 @@ pub struct Session<D: Device> {
     caches: Vec<D::Cache>,
     /// The last layer's normed state of every position, from which its logits can be had again.
     states: D::Buffer,
+    held: Held,
+    reading: Reading,
     work: Work<D>,
     last: D::Buffer,
     head_out: D::Buffer,
     logits: Vec<f32>,
+}
+
+/// How much a session has read since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Positions that went through the layers.
+    pub positions: u64,
+    /// Passes through the layers, of one or more positions each.
+    pub passes: u64,
 }
 
 /// Buffers of a run of positions.
@@ -380,6 +395,8 @@ impl<D: Device> Session<D> {
             position: 0,
             caches: decoder.caches(capacity)?,
             states: allocate(&device, &[capacity, width])?,
+            held: Held::with_capacity(capacity),
+            reading: Reading::default(),
             work: decoder.work(capacity.min(RUN))?,
             last: allocate(&device, &[width])?,
             head_out: allocate(&device, &[vocabulary])?,
@@ -390,7 +407,34 @@ impl<D: Device> Session<D> {
 
     /// Forgets everything and reads a prompt. Afterwards [`LanguageModel::logits`] are those behind its last position.
     pub fn start(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
-        self.position = 0;
+        self.forget(0);
+        self.read(pieces)
+    }
+
+    /// As [`Session::start`], but positions that the prompt begins with and that the cache holds are not read again.
+    /// Tokens are held against each other by their ids; [`Rows`] are the same as long as nothing was written to them.
+    ///
+    /// The logits are those of [`Session::start`] but for the order of summation where a device has another way for few
+    /// rows than for many.
+    pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+        let common = self.held.common(pieces).min(self.position);
+        self.forget(if common < KEPT { 0 } else { common });
+        self.read(pieces)
+    }
+
+    /// How much has been read since the session was made.
+    pub fn reading(&self) -> Reading {
+        self.reading
+    }
+
+    /// Forgets the positions from `position` on.
+    fn forget(&mut self, position: usize) {
+        self.position = position;
+        self.held.truncate(position);
+    }
+
+    /// Reads a prompt from the end of the cache on.
+    fn read(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
         let width = self.decoder.config.width;
         let needed: usize = pieces.iter().map(Piece::len).sum();
         if needed == 0 {
@@ -399,7 +443,7 @@ impl<D: Device> Session<D> {
         if needed > self.capacity {
             return Err(DecodeError::Full { capacity: self.capacity, needed }.into());
         }
-        let mut filled = 0;
+        let (mut filled, mut kept) = (0, self.position);
         for piece in pieces {
             if let Piece::Rows(rows) = piece
                 && rows.width() != width
@@ -407,9 +451,13 @@ impl<D: Device> Session<D> {
                 let reason = format!("embeddings are {} wide, the decoder is {width}", rows.width());
                 return Err(ModelError::input("prompt", reason));
             }
-            let mut done = 0;
+            let mut done = kept.min(piece.len());
+            kept -= done;
             while done < piece.len() {
-                let n = (piece.len() - done).min(self.run() - filled);
+                // Runs end at the same positions whatever was kept.
+                let room = self.run() - self.position % self.run();
+                let n = (piece.len() - done).min(room - filled);
+                self.held.push(piece, done, n);
                 match piece {
                     Piece::Tokens(ids) => self.decoder.embed(&ids[done..done + n], &mut self.work, filled)?,
                     Piece::Rows(rows) => {
@@ -418,7 +466,7 @@ impl<D: Device> Session<D> {
                     }
                 }
                 (done, filled) = (done + n, filled + n);
-                if filled == self.run() {
+                if filled == room {
                     self.forward(filled)?;
                     filled = 0;
                 }
@@ -485,7 +533,7 @@ impl<D: Device> Session<D> {
 
     /// Runs the first `rows` rows of `work.x` through every layer, behind what is in the cache.
     fn forward(&mut self, rows: usize) -> Result<(), DeviceError> {
-        let Session { decoder, work, caches, position, states, .. } = self;
+        let Session { decoder, work, caches, position, states, reading, .. } = self;
         let device = &decoder.device;
         let DecoderConfig { width, heads, key_heads, head_dim, theta, .. } = decoder.config;
         let first = *position;
@@ -500,6 +548,8 @@ impl<D: Device> Session<D> {
         })?;
         device.copy(&work.normed, 0, states, first * width, rows * width)?;
         *position += rows;
+        reading.positions += rows as u64;
+        reading.passes += 1;
         Ok(())
     }
 
@@ -539,6 +589,8 @@ impl<D: Device> LanguageModel for Session<D> {
         }
         for ids in tokens.chunks(self.run()) {
             self.decoder.embed(ids, &mut self.work, 0)?;
+            self.held.truncate(self.position);
+            self.held.push_tokens(ids);
             self.forward(ids.len())?;
         }
         self.compute_logits()?;
@@ -554,7 +606,7 @@ impl<D: Device> LanguageModel for Session<D> {
             return Err(DecodeError::Truncate { position, held: self.position });
         }
         if position < self.position {
-            self.position = position;
+            self.forget(position);
             self.compute_logits()?;
         }
         Ok(())

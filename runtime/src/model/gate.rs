@@ -19,6 +19,8 @@ pub struct Gate<D: Device> {
     logits: D::Buffer,
     weights: D::Buffer,
     last: Option<(Vec<u32>, [f32; BRANCHES])>,
+    /// Instructions read.
+    pub(super) runs: u64,
 }
 
 impl<D: Device> Gate<D> {
@@ -40,7 +42,13 @@ impl<D: Device> Gate<D> {
             logits: allocate(device, &[BRANCHES])?,
             weights: allocate(device, &[BRANCHES])?,
             last: None,
+            runs: 0,
         })
+    }
+
+    /// Reads the next instruction even if it is the last one again.
+    pub(super) fn forget(&mut self) {
+        self.last = None;
     }
 
     /// Word-piece ids of the instruction, `[CLS]` first → weights of video, body and face, summing to 1.
@@ -50,6 +58,7 @@ impl<D: Device> Gate<D> {
         {
             return Ok(*weights);
         }
+        self.runs += 1;
         let states = self.bert.forward(device, ids)?;
         let [first, second] = &self.layers;
         first.forward(device, states, 1, Activation::Gelu, &mut self.inner)?;

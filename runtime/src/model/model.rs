@@ -30,6 +30,19 @@ pub struct Model<D: Device> {
     mapped_bytes: usize,
 }
 
+/// How much the parts before the decoder have computed since the model was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Instructions read by the gate.
+    pub gate_runs: u64,
+    /// Frames through the vision tower.
+    pub frames_encoded: u64,
+    /// Frames through the projector's first stages.
+    pub frames_staged: u64,
+    /// Frames through the rest of the projector.
+    pub frames_projected: u64,
+}
+
 impl<D: Device> Model<D> {
     /// Opens a model folder in the published layout. Weights are mapped, and every tensor's name, type and shape is
     /// checked; on the CPU nothing is copied.
@@ -127,6 +140,30 @@ impl<D: Device> Model<D> {
     ) -> Result<(), ModelError> {
         let tokens = self.projector.forward(&self.device, features)?;
         self.projector.mix(&self.device, tokens, gate, out)
+    }
+
+    /// As [`Self::video_tokens`], computing only what the last call did not: `keys` name the window's frames, and equal keys
+    /// in this call and the last one must be equal states. What that is of a frame depends on it and the one before it.
+    pub fn video_tokens_again(
+        &mut self,
+        features: &Rows<D>,
+        keys: &[u64],
+        gate: [f32; BRANCHES],
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let tokens = self.projector.forward_again(&self.device, features, keys)?;
+        self.projector.mix(&self.device, tokens, gate, out)
+    }
+
+    /// Has the next call of [`Self::gate`] read its instruction even if it is the last one again.
+    pub fn forget_gate(&mut self) {
+        self.gate.forget();
+    }
+
+    /// How much the parts before the decoder have computed.
+    pub fn counts(&self) -> Counts {
+        let [frames_staged, frames_projected] = self.projector.counts();
+        Counts { gate_runs: self.gate.runs, frames_encoded: self.vision.encoded, frames_staged, frames_projected }
     }
 
     /// The projector's branches video, body and face of a window on the host, each `[tokens, decoder width]`.

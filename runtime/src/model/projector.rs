@@ -8,6 +8,7 @@ use candor_kernels::{Activation, Device, DeviceError, Unfold};
 
 use super::config::{ProjectorKind, VisionConfig};
 use super::gate::BRANCHES;
+use super::kept::{Places, copy_blocks};
 use super::layers::{Bias, LayerNorm, Linear, Loader};
 use super::rows::{allocate, grow};
 use super::{ModelError, Rows};
@@ -51,6 +52,22 @@ pub struct Projector<D: Device> {
     work: Work<D>,
     columns: D::Buffer,
     outputs: [D::Buffer; BRANCHES],
+    kept: Kept<D>,
+}
+
+/// What is kept of the last window: a frame's share of the work up to the convolution over time depends on the frame
+/// alone, what follows on the frame and the one before it.
+struct Kept<D: Device> {
+    frames: Places<u64>,
+    /// The first stages of video and body, `[places, patches, width]`.
+    staged: [D::Buffer; 2],
+    /// The face branch, `[places, reduced side², width]`.
+    face: D::Buffer,
+    pairs: Places<(Option<u64>, u64)>,
+    /// Video and body, `[places, reduced side², width]`.
+    tokens: [D::Buffer; 2],
+    /// Frames that went through the first stages, and through the rest.
+    counts: [u64; 2],
 }
 
 /// Buffers of a block: its input and output, and what passes between its layers.
@@ -102,29 +119,29 @@ impl<D: Device> Projector<D> {
             },
             columns: none()?,
             outputs: [none()?, none()?, none()?],
+            kept: Kept {
+                frames: Places::new(),
+                staged: [none()?, none()?],
+                face: none()?,
+                pairs: Places::new(),
+                tokens: [none()?, none()?],
+                counts: [0; 2],
+            },
         })
+    }
+
+    /// Frames that went through the first stages, and through what follows.
+    pub(super) fn counts(&self) -> [u64; 2] {
+        self.kept.counts
     }
 
     /// Patch states `[frames · patches, vision width]` → the three branches, each `[frames · reduced side²,
     /// decoder width]`, kept for [`Self::mix`]. Returns their rows.
     pub(super) fn forward(&mut self, device: &D, states: &Rows<D>) -> Result<usize, ModelError> {
-        let patches = self.side * self.side;
-        let frames = states.rows() / patches;
-        if frames == 0 || !states.rows().is_multiple_of(patches) {
-            let reason = format!("{} states are no whole number of frames of {patches}", states.rows());
-            return Err(ModelError::input("vision features", reason));
-        }
+        let frames = self.prepare(device, states)?;
         let reduced = self.kind.reduced(self.side);
-        let unfold = self.sampler(frames);
-        let tokens = frames * reduced * reduced;
-        let Work { input, output, first, second, .. } = &mut self.work;
-        for buffer in [input, output, first, second] {
-            grow(device, buffer, &[frames, patches, self.width.max(states.width())])?;
-        }
-        grow(device, &mut self.columns, &[tokens, unfold.column()])?;
-        for output in &mut self.outputs {
-            grow(device, output, &[tokens, self.width])?;
-        }
+        let (unfold, tokens) = (self.sampler(frames, true), frames * reduced * reduced);
+        self.kept.counts = self.kept.counts.map(|count| count + frames as u64);
         for (branch, out) in self.branches.iter().zip(&mut self.outputs) {
             let work = &mut self.work;
             device.copy(&states.buffer, 0, &mut work.input, 0, states.rows() * states.width())?;
@@ -139,6 +156,129 @@ impl<D: Device> Projector<D> {
         let (from, to) = ((self.side, self.side), (reduced, reduced));
         device.bilinear(second, frames, from, to, self.width, &mut self.outputs[2])?;
         Ok(tokens)
+    }
+
+    /// As [`Self::forward`], computing only what the last call did not: `keys` name the frames, and equal keys in this call
+    /// and the last one are equal states.
+    pub(super) fn forward_again(&mut self, device: &D, states: &Rows<D>, keys: &[u64]) -> Result<usize, ModelError> {
+        let frames = self.prepare(device, states)?;
+        if keys.len() != frames {
+            return Err(ModelError::input("vision features", format!("{} names for {frames} frames", keys.len())));
+        }
+        let (patches, width) = (self.side * self.side, self.width);
+        let reduced = self.kind.reduced(self.side);
+        let (staged_size, size) = (patches * width, reduced * reduced * width);
+        let Kept { staged, face, tokens, .. } = &mut self.kept;
+        staged.iter_mut().try_for_each(|buffer| grow(device, buffer, &[frames, staged_size]))?;
+        tokens.iter_mut().chain([face]).try_for_each(|buffer| grow(device, buffer, &[frames, size]))?;
+
+        let pairs: Vec<_> = (0..frames).map(|i| (i.checked_sub(1).map(|before| keys[before]), keys[i])).collect();
+        let (frame_places, pair_places) = (self.kept.frames.assign(keys), self.kept.pairs.assign(&pairs));
+        self.first_stages(device, states, &frame_places.missing, &frame_places.place)?;
+        let mut rest = &pair_places.missing[..];
+        while let Some(&first) = rest.first() {
+            let count = rest.iter().zip(first..).take_while(|&(&missing, next)| missing == next).count();
+            self.over_time(device, first, count, &frame_places.place, &pair_places.place)?;
+            rest = &rest[count..];
+        }
+        self.kept.counts[0] += frame_places.missing.len() as u64;
+        self.kept.counts[1] += pair_places.missing.len() as u64;
+
+        let Projector { kept, outputs, .. } = self;
+        let in_order = |places: &[usize]| places.iter().copied().zip(0..).collect::<Vec<_>>();
+        let ([video, body, face_out], pair_order) = (outputs, in_order(&pair_places.place));
+        copy_blocks(device, &kept.tokens[0], video, size, pair_order.iter().copied())?;
+        copy_blocks(device, &kept.tokens[1], body, size, pair_order)?;
+        copy_blocks(device, &kept.face, face_out, size, in_order(&frame_places.place))?;
+        kept.frames.settle(keys, &frame_places);
+        kept.pairs.settle(&pairs, &pair_places);
+        Ok(frames * reduced * reduced)
+    }
+
+    /// What depends on a frame alone, of the frames `missing`: first stages and face branch, to their places.
+    fn first_stages(
+        &mut self,
+        device: &D,
+        states: &Rows<D>,
+        missing: &[usize],
+        place: &[usize],
+    ) -> Result<(), ModelError> {
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let (patches, width, reduced) = (self.side * self.side, self.width, self.kind.reduced(self.side));
+        let (count, from_size) = (missing.len(), patches * states.width());
+        let gather = |input: &mut D::Buffer| {
+            copy_blocks(device, &states.buffer, input, from_size, missing.iter().copied().zip(0..))
+        };
+        let to_places = || missing.iter().enumerate().map(|(i, &frame)| (i, place[frame]));
+        for (branch, staged) in self.branches.iter().zip(&mut self.kept.staged) {
+            let work = &mut self.work;
+            gather(&mut work.input)?;
+            work.run(device, &branch.before, count, self.side, width)?;
+            copy_blocks(device, &work.input, staged, patches * width, to_places())?;
+        }
+        let Work { input, output, first, second, .. } = &mut self.work;
+        gather(input)?;
+        run_mlp(device, &self.face, input, count * patches, first, second)?;
+        device.bilinear(second, count, (self.side, self.side), (reduced, reduced), width, output)?;
+        copy_blocks(device, output, &mut self.kept.face, reduced * reduced * width, to_places())?;
+        Ok(())
+    }
+
+    /// The convolution over time and what follows, of frames `first .. first + count`: video and body, to their places.
+    fn over_time(
+        &mut self,
+        device: &D,
+        first: usize,
+        count: usize,
+        frame_place: &[usize],
+        pair_place: &[usize],
+    ) -> Result<(), ModelError> {
+        let (patches, width, reduced) = (self.side * self.side, self.width, self.kind.reduced(self.side));
+        // The frame before is part of the input, and zeros only where there is none.
+        let start = first.saturating_sub(1);
+        let places = &frame_place[start..first + count];
+        let (unfold, tokens) = (self.sampler(places.len(), first == 0), count * reduced * reduced);
+        for (i, branch) in self.branches.iter().enumerate() {
+            let work = &mut self.work;
+            copy_blocks(
+                device,
+                &self.kept.staged[i],
+                &mut work.input,
+                patches * width,
+                places.iter().copied().zip(0..),
+            )?;
+            device.unfold(&work.input, unfold, &mut self.columns)?;
+            branch.sampler.forward(device, &self.columns, tokens, Activation::Silu, &mut work.input)?;
+            work.run(device, &branch.after, count, reduced, width)?;
+            run_mlp(device, &branch.readout, &work.input, tokens, &mut work.first, &mut work.second)?;
+            let to_places = pair_place[first..first + count].iter().copied().enumerate();
+            copy_blocks(device, &work.second, &mut self.kept.tokens[i], reduced * reduced * width, to_places)?;
+        }
+        Ok(())
+    }
+
+    /// Takes memory for the frames of `states`; returns how many they are.
+    fn prepare(&mut self, device: &D, states: &Rows<D>) -> Result<usize, ModelError> {
+        let patches = self.side * self.side;
+        let frames = states.rows() / patches;
+        if frames == 0 || !states.rows().is_multiple_of(patches) {
+            let reason = format!("{} states are no whole number of frames of {patches}", states.rows());
+            return Err(ModelError::input("vision features", reason));
+        }
+        let reduced = self.kind.reduced(self.side);
+        let tokens = frames * reduced * reduced;
+        let column = self.sampler(frames, true).column();
+        let Work { input, output, first, second, .. } = &mut self.work;
+        for buffer in [input, output, first, second] {
+            grow(device, buffer, &[frames, patches, self.width.max(states.width())])?;
+        }
+        grow(device, &mut self.columns, &[tokens, column])?;
+        for output in &mut self.outputs {
+            grow(device, output, &[tokens, self.width])?;
+        }
+        Ok(frames)
     }
 
     /// Σ gate · branch of the last [`Self::forward`], which returned `tokens` → `[tokens, decoder width]`.
@@ -162,15 +302,16 @@ impl<D: Device> Projector<D> {
         Ok(out)
     }
 
-    /// The 2×2×2 convolution: one zero frame before, none behind, so that no frame sees a later one.
-    fn sampler(&self, frames: usize) -> Unfold {
+    /// The 2×2×2 convolution, in which no frame sees a later one. The clip's first frame sees zeros before it; elsewhere
+    /// the first of `frames` is only seen by the second.
+    fn sampler(&self, frames: usize, from_start: bool) -> Unfold {
         let pad = self.kind.padding();
         Unfold {
             size: [frames, self.side, self.side],
             channels: self.width,
             kernel: [KERNEL; 3],
             stride: [1, KERNEL, KERNEL],
-            pad_before: [1, pad, pad],
+            pad_before: [usize::from(from_start), pad, pad],
             pad_after: [0, pad, pad],
         }
     }

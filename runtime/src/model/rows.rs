@@ -1,5 +1,7 @@
 //! Device buffers that grow to what is needed and are then kept.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use candor_kernels::Device;
 
 use super::ModelError;
@@ -9,12 +11,16 @@ pub struct Rows<D: Device> {
     pub(super) buffer: D::Buffer,
     rows: usize,
     width: usize,
+    stamp: u64,
 }
+
+/// The stamp of the next rows that are filled.
+static NEXT_STAMP: AtomicU64 = AtomicU64::new(1);
 
 impl<D: Device> Rows<D> {
     /// No rows yet.
     pub fn empty(device: &D) -> Result<Self, ModelError> {
-        Ok(Rows { buffer: device.allocate(0)?, rows: 0, width: 0 })
+        Ok(Rows { buffer: device.allocate(0)?, rows: 0, width: 0, stamp: 0 })
     }
 
     /// Rows there are.
@@ -25,6 +31,32 @@ impl<D: Device> Rows<D> {
     /// Elements a row.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Names the contents: it changes whenever they may, and no two contents of a process share it.
+    pub(super) fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
+    /// No rows yet, with memory for `rows · width`.
+    pub fn with_room(device: &D, rows: usize, width: usize) -> Result<Self, ModelError> {
+        Ok(Rows { buffer: allocate(device, &[rows, width])?, rows: 0, width: 0, stamp: 0 })
+    }
+
+    /// Makes room for `rows · width` and fills it with rows of others: `parts` are (from, its first row, rows), one
+    /// behind the other.
+    pub fn gather(&mut self, device: &D, width: usize, parts: &[(&Rows<D>, usize, usize)]) -> Result<(), ModelError> {
+        self.resize(device, parts.iter().map(|part| part.2).sum(), width)?;
+        let mut to = 0;
+        for &(from, first, rows) in parts {
+            if from.width != width || first + rows > from.rows {
+                let reason = format!("{rows} rows from {first} of {} by {}, {width} wide", from.rows, from.width);
+                return Err(ModelError::input("rows", reason));
+            }
+            device.copy(&from.buffer, first * width, &mut self.buffer, to * width, rows * width)?;
+            to += rows;
+        }
+        Ok(())
     }
 
     /// A copy on the host, `[rows, width]`.
@@ -47,6 +79,7 @@ impl<D: Device> Rows<D> {
     pub(super) fn resize(&mut self, device: &D, rows: usize, width: usize) -> Result<(), ModelError> {
         grow(device, &mut self.buffer, &[rows, width])?;
         (self.rows, self.width) = (rows, width);
+        self.stamp = NEXT_STAMP.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }

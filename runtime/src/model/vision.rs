@@ -32,6 +32,8 @@ pub struct VisionTower<D: Device> {
     columns: D::Buffer,
     /// States of the frames that differ, where others are their equals.
     distinct: Rows<D>,
+    /// Frames that went through the layers.
+    pub(super) encoded: u64,
 }
 
 impl<D: Device> VisionTower<D> {
@@ -61,6 +63,7 @@ impl<D: Device> VisionTower<D> {
             pixels,
             columns,
             distinct: Rows::empty(device)?,
+            encoded: 0,
         })
     }
 
@@ -135,6 +138,7 @@ impl<D: Device> VisionTower<D> {
             pad_after: [0; 3],
         };
         let rows = frames * patches;
+        self.encoded += frames as u64;
         grow(device, &mut self.pixels, &[self.host.len()])?;
         grow(device, &mut self.columns, &[rows, unfold.column()])?;
         out.resize(device, rows, width)?;

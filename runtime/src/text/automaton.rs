@@ -138,6 +138,13 @@ impl Automaton {
         (next != DEAD).then_some(next)
     }
 
+    /// The only byte that may come next, if there is but one.
+    pub(crate) fn only_byte(&self, state: u16) -> Option<u8> {
+        let mut bytes = (0..=u8::MAX).filter(|&byte| self.step(state, byte).is_some());
+        let first = bytes.next()?;
+        bytes.next().is_none().then_some(first)
+    }
+
     pub(crate) fn phase(&self, state: u16) -> Phase {
         self.phases[usize::from(state)]
     }

@@ -53,7 +53,7 @@ pub enum GenerateError {
 pub struct Step {
     /// The token.
     pub token: u32,
-    /// The grammar left no other choice, so nothing was drawn.
+    /// The grammar left no other text, so the model was not asked.
     pub forced: bool,
     /// The part of the completion the text has come to.
     pub phase: Phase,
@@ -116,7 +116,9 @@ struct Written {
 
 /// Writes one completion behind the prompt that a model's cache holds.
 ///
-/// Tokens are appended to the cache only when logits are needed, so runs of forced tokens cost one call.
+/// Where the grammar leaves the text no choice (tags, the rest of a label that is decided), the longest token that fits is
+/// written without asking the model: that is how tokenizers spell, and how models learn to. Tokens are appended to the cache
+/// only when logits are needed, so a run of forced tokens costs no pass of its own.
 #[derive(Debug)]
 pub struct Generator<'a, M: LanguageModel + ?Sized> {
     model: &'a mut M,
@@ -131,6 +133,8 @@ pub struct Generator<'a, M: LanguageModel + ?Sized> {
     state: State,
     text: Vec<u8>,
     finished: bool,
+    /// Whether the model is asked for every token, and reads every token by itself.
+    asking: bool,
     /// Tokens not to be chosen again, by their place.
     bans: Vec<(usize, u32)>,
     tokens_written: usize,
@@ -162,9 +166,17 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
             state: grammar.start(),
             text: Vec::new(),
             finished: false,
+            asking: false,
             bans: Vec::new(),
             tokens_written: 0,
         })
+    }
+
+    /// Asks the model for every token that is not the only one allowed, and has it read every token by itself: the plain
+    /// way, which forced tokens are held against.
+    pub fn asking(mut self) -> Self {
+        self.asking = true;
+        self
     }
 
     /// Writes the next token. `None` once the turn has ended.
@@ -176,14 +188,22 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
         let mask = self.grammar.mask(self.state, self.budget - place);
         let banned: Vec<u32> = self.bans.iter().filter(|ban| ban.0 == place).map(|ban| ban.1).collect();
         let only = only_choice(&mask, &banned);
-        let token = match only {
-            Some(token) => token,
-            None => {
+        let spelled = match only {
+            None if banned.is_empty() && !self.asking => self.grammar.spelling(self.state, &mask),
+            _ => None,
+        };
+        let token = match (only, spelled) {
+            (Some(token), _) => token,
+            (None, Some(token)) => {
+                self.sampler.pass();
+                token
+            }
+            (None, None) => {
                 self.fill_cache(place)?;
                 self.sampler.choose(self.model.logits(), &mask, &banned)?
             }
         };
-        let forced = only.is_some();
+        let forced = only.or(spelled).is_some();
         self.written.push(Written { token, forced, state_before: self.state, bytes_before: self.text.len() });
         self.tokens_written += 1;
         if token == self.grammar.table().end_of_turn() {
@@ -191,6 +211,9 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
         } else {
             self.state = self.grammar.advance(self.state, token).ok_or(SamplingError::NothingAllowed)?;
             self.text.extend_from_slice(self.grammar.table().bytes(token));
+            if self.asking {
+                self.fill_cache(place + 1)?;
+            }
         }
         Ok(Some(Step { token, forced, phase: self.phase() }))
     }
@@ -509,6 +532,58 @@ mod tests {
         assert_eq!(model.cache().len(), model.position());
     }
 
+    /// A model that spells as tokenizers do: of the tokens that begin its text it takes the longest.
+    fn spelling(table: &Arc<TokenTable>, text: &'static [u8]) -> ToyModel {
+        let own = Arc::clone(table);
+        ToyModel::new(table.vocabulary(), 500, &[0, 0], move |cache| {
+            let written: usize = cache[2..].iter().map(|&id| own.bytes(id).len()).sum();
+            let rest = &text[written.min(text.len())..];
+            (0..own.vocabulary() as u32)
+                .map(|id| match own.bytes(id) {
+                    b"" => {
+                        if id == own.end_of_turn() && rest.is_empty() {
+                            20.0
+                        } else {
+                            0.0
+                        }
+                    }
+                    bytes => {
+                        if rest.starts_with(bytes) {
+                            bytes.len() as f32
+                        } else {
+                            -5.0
+                        }
+                    }
+                })
+                .collect()
+        })
+    }
+
+    #[test]
+    fn forced_tokens_are_those_that_the_model_would_write_and_cost_no_pass() {
+        let text = "<think>The eyes are wide. Fear?</think>\n<answer>angry man</answer>";
+        for table in tables() {
+            let grammar = Grammar::new(Arc::clone(&table), &labels(), 500).expect("the budget is enough");
+            for temperature in [0.0, 0.3] {
+                let mut asked = spelling(&table, text.as_bytes());
+                let generator = Generator::new(&mut asked, &grammar, sampler(temperature, 3)).expect("the model fits");
+                let plain = generator.asking().finish().expect("the model is sound");
+                let mut model = spelling(&table, text.as_bytes());
+                let generator = Generator::new(&mut model, &grammar, sampler(temperature, 3)).expect("the model fits");
+                let completion = generator.finish().expect("the model is sound");
+                assert_eq!(completion.tokens, plain.tokens);
+                if temperature == 0.0 {
+                    assert_eq!(completion.text, text);
+                }
+                assert_eq!(asked.appends, plain.tokens.len() - 1, "one pass a token");
+                assert!(completion.forced_tokens > 0);
+                // Each of the others is one pass at most; tags and the label's tail are read along with the next.
+                assert!(model.appends <= completion.tokens.len() - completion.forced_tokens);
+                assert!(model.position() < asked.position(), "what follows the last choice is not read");
+            }
+        }
+    }
+
     #[test]
     fn rolling_back_restores_everything() {
         let table = table_with_bytes(&STRADDLING);
@@ -521,14 +596,14 @@ mod tests {
             let mut model = ToyModel::random(table.vocabulary(), 200, seed, 4.0);
             let mut generator = Generator::new(&mut model, &grammar, sampler(0.0, 0)).expect("the model fits");
             let begin = generator.checkpoint();
-            for _ in 0..10 {
+            for _ in 0..3 {
                 generator.step().expect("the model is sound");
             }
             let middle = generator.checkpoint();
             let (text, remaining) = (generator.text().to_string(), generator.remaining());
             generator.run().expect("the model is sound");
             let after = generator.checkpoint();
-            let first = generator.written[10].token;
+            let first = generator.written[3].token;
 
             // Without a ban a greedy model writes the same again.
             assert!(generator.rollback(&middle, false).expect("the checkpoint is part of the text"));
@@ -540,7 +615,7 @@ mod tests {
             let mut banned = vec![first];
             while generator.rollback(&middle, true).expect("the checkpoint is part of the text") {
                 generator.step().expect("the model is sound");
-                let token = generator.written[10].token;
+                let token = generator.written[3].token;
                 assert!(!banned.contains(&token), "{token} was banned");
                 banned.push(token);
                 if banned.len() > 5 {
@@ -552,7 +627,7 @@ mod tests {
 
             // Going back to the start forgets the later bans.
             generator.rollback(&begin, false).expect("the checkpoint is part of the text");
-            assert!(matches!(generator.rollback(&middle, false), Err(GenerateError::Checkpoint { tokens: 10 })));
+            assert!(matches!(generator.rollback(&middle, false), Err(GenerateError::Checkpoint { tokens: 3 })));
             let completion = generator.finish().expect("the model is sound");
             assert_eq!((&completion.text, &completion.tokens), (&expected.text, &expected.tokens));
             check(&completion, &grammar, 90);

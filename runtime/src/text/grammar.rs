@@ -282,6 +282,19 @@ impl Grammar {
         mask
     }
 
+    /// Where the text can only go on in one way: the longest of the allowed tokens (of `mask`, that of this state), if all
+    /// of its bytes are certain. The other allowed tokens cut the same text elsewhere, which tokenizers do not do.
+    pub fn spelling(&self, state: State, mask: &Mask) -> Option<u32> {
+        self.automaton.only_byte(state.0)?;
+        let bytes = |id: u32| self.table.bytes(id);
+        let longest = mask.iter().max_by(|&a, &b| bytes(a).len().cmp(&bytes(b).len()).then(b.cmp(&a)))?;
+        let mut at = state.0;
+        for &byte in bytes(longest) {
+            at = self.automaton.step(at, self.automaton.only_byte(at).filter(|&only| only == byte)?)?;
+        }
+        (!bytes(longest).is_empty()).then_some(longest)
+    }
+
     fn make_mask(&self, state: State, room: usize) -> Mask {
         if state.0 == self.automaton.complete() {
             return Mask::Few(vec![self.table.end_of_turn()]);

@@ -86,6 +86,13 @@ impl Sampler {
         Ok(Sampler { settings, random: ChaCha8Rng::seed_from_u64(seed), candidates: Vec::new() })
     }
 
+    /// Lets a choice go by that needs none: what is drawn afterwards is as if it had been made.
+    pub(super) fn pass(&mut self) {
+        if self.settings.temperature != 0.0 {
+            self.random.next_u64();
+        }
+    }
+
     /// Chooses one of the allowed tokens by their `logits` `[vocabulary]`. Of equally probable tokens the lower id comes
     /// first. `forbidden` tokens are not chosen even where the mask allows them.
     pub fn choose(&mut self, logits: &[f32], mask: &Mask, forbidden: &[u32]) -> Result<u32, SamplingError> {

@@ -1,9 +1,12 @@
 //! Puts the stages together: a window in, an observation out.
 
+mod frames;
 pub mod policy;
 pub mod report;
+pub mod reuse;
 pub mod watcher;
 
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, ReportError};
+pub use reuse::{ParseReuseError, Reuse, Work};
 pub use watcher::{WatchError, WatchSettings, Watcher};

@@ -120,6 +120,8 @@ pub struct Task<'a> {
     pub answer: Answer,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Whether tokens that the output format leaves no choice of are written without asking the model.
+    pub forced: bool,
 }
 
 /// A completion, verified.
@@ -218,6 +220,9 @@ fn attempt<M: LanguageModel + ?Sized>(
 ) -> Result<Attempt, PolicyError> {
     let sampler = Sampler::new(sampling).map_err(GenerateError::from)?;
     let mut generator = Generator::new(model, task.grammar, sampler)?;
+    if !task.forced {
+        generator = generator.asking();
+    }
     let guided = match policy {
         Policy::Guide(n) => {
             let emotion = task.emotions[task.fast.best()];
@@ -485,6 +490,7 @@ mod tests {
                 fast: &self.fast,
                 answer: Answer::After,
                 sampling: Sampling { temperature, top_p: 1.0, seed },
+                forced: true,
             }
         }
 

@@ -5,13 +5,16 @@ use std::time::{Instant, SystemTime};
 
 use candor_kernels::Device;
 
+use super::frames::Frames;
 use super::policy::{Policy, PolicyError, Task, write_reason};
+use super::reuse::{Reuse, Work};
 use crate::manifest::{Manifest, ManifestError};
 use crate::media::face::{FaceDetector, FaceError, WindowFace};
 use crate::media::resize::{PixelLayout, Preprocess, PreprocessError};
 use crate::media::sampling::SettingsError;
 use crate::media::{FaceCrop, Fit, Frame, Window, WindowSettings};
-use crate::model::{Adapter, LanguageModel, Model, ModelConfig, ModelError, Piece, Rows, Session};
+use crate::model::gate::BRANCHES;
+use crate::model::{Adapter, LanguageModel, Model, ModelConfig, ModelError, Piece, Reading, Rows, Session};
 use crate::observation::{
     Face, Identity, Observation, PolicyRecord, Probabilities, Span, StageTimes, Times, Tokens, VERSION, WindowSpan,
 };
@@ -91,11 +94,13 @@ pub struct WatchSettings {
     pub sampling: Sampling,
     /// How a frame becomes a square, where it is not to be as the manifest says.
     pub fit: Option<Fit>,
+    /// What is not computed again from window to window.
+    pub reuse: Reuse,
 }
 
 impl Default for WatchSettings {
     fn default() -> Self {
-        WatchSettings { policy: Policy::Annotate, sampling: Sampling::GREEDY, fit: None }
+        WatchSettings { policy: Policy::Annotate, sampling: Sampling::GREEDY, fit: None, reuse: Reuse::ALL }
     }
 }
 
@@ -108,7 +113,16 @@ pub struct Watcher<D: Device> {
     model: Model<D>,
     session: Session<D>,
     features: Rows<D>,
+    /// The pictures whose states `features` holds.
+    frames: Frames<D>,
     video: Rows<D>,
+    /// The pictures and the gate that `video` was made of, where they have names.
+    video_of: Option<(Vec<u64>, [f32; BRANCHES])>,
+    frames_searched: u64,
+    /// What sessions read that are gone.
+    read_before: Reading,
+    /// Work that the log knows of.
+    logged: Work,
     tokenizer: Tokenizer,
     gate_tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -172,8 +186,13 @@ impl<D: Device> Watcher<D> {
             identity: manifest.identity_record()?,
             emotions: manifest.emotions(),
             preprocess: Preprocess { side, fit, detail: input.detail, grey: input.grey },
-            features: model.rows()?,
+            features: Rows::with_room(model.device(), config.frames * config.vision.patches(), config.vision.width)?,
+            frames: Frames::new(&model)?,
             video: model.rows()?,
+            video_of: None,
+            frames_searched: 0,
+            read_before: Reading::default(),
+            logged: Work::default(),
             answer_opening: tokenizer.encode(ANSWER_OPEN)?,
             verifier_identity: verifier.identity()?,
             session,
@@ -197,7 +216,7 @@ impl<D: Device> Watcher<D> {
     pub fn adapt(&mut self, folder: &Path) -> Result<(), WatchError> {
         let adapter = Adapter::open(folder).map_err(ModelError::from)?;
         self.model.adapt(Some(&adapter))?;
-        self.session = self.model.session(self.session.capacity())?;
+        self.renew_session(self.session.capacity())?;
         self.identity.adapter = Some(adapter.digest().to_owned());
         Ok(())
     }
@@ -213,10 +232,43 @@ impl<D: Device> Watcher<D> {
         let gate_ids = self.gate_tokenizer.encode_sequence(instruction, config.bert.positions)?;
         let needed = capacity(config, &prompt, self.manifest.model.max_new_tokens);
         if self.session.capacity() < needed {
-            self.session = self.model.session(needed)?;
+            self.renew_session(needed)?;
         }
         (self.prompt, self.gate_ids, self.instruction) = (prompt, gate_ids, instruction.to_owned());
         Ok(())
+    }
+
+    fn renew_session(&mut self, capacity: usize) -> Result<(), ModelError> {
+        let session = self.model.session(capacity)?;
+        self.read_before = self.decoder_read();
+        self.session = session;
+        Ok(())
+    }
+
+    fn decoder_read(&self) -> Reading {
+        let (before, now) = (self.read_before, self.session.reading());
+        Reading { positions: before.positions + now.positions, passes: before.passes + now.passes }
+    }
+
+    /// Work done since the watcher was opened.
+    pub fn work(&self) -> Work {
+        let frames_searched = self.frames_searched + self.frames.frames_searched;
+        Work { frames_searched, model: self.model.counts(), decoder: self.decoder_read() }
+    }
+
+    fn log_work(&mut self, window: u64) {
+        let work = self.work();
+        let logged = std::mem::replace(&mut self.logged, work);
+        log::debug!(
+            "window {window}: {} frames searched for faces, {} encoded, {} and {} through the projector's halves; {} \
+             positions read in {} passes",
+            work.frames_searched - logged.frames_searched,
+            work.model.frames_encoded - logged.model.frames_encoded,
+            work.model.frames_staged - logged.model.frames_staged,
+            work.model.frames_projected - logged.model.frames_projected,
+            work.decoder.positions - logged.decoder.positions,
+            work.decoder.passes - logged.decoder.passes,
+        );
     }
 
     /// Has the verifier remember the readings of more sentences, see [`Verifier::remembering`].
@@ -260,7 +312,14 @@ impl<D: Device> Watcher<D> {
         let squares = match &mut self.faces {
             None => Vec::new(),
             Some((detector, crop)) => {
-                let Some(face) = detector.find(&window.frames)? else {
+                let found = match self.settings.reuse.frames {
+                    true => self.frames.find(detector, &window.frames)?,
+                    false => {
+                        self.frames_searched += window.frames.len() as u64;
+                        detector.find(&window.frames)?
+                    }
+                };
+                let Some(face) = found else {
                     times.pixels = lap.take();
                     times.total = milliseconds(started);
                     observation.times.stages_ms = times;
@@ -271,12 +330,22 @@ impl<D: Device> Watcher<D> {
                 crop.squares(&face, &window.frames)
             }
         };
-        let frames = self.model.config().frames;
-        let pixels = self.preprocess.pixels(&window.frames, &squares, frames, PixelLayout::ChannelsFirst)?;
-        times.pixels = lap.take();
-
-        self.model.vision_features(&pixels, &mut self.features)?;
-        self.explain(observation, times, started, lap)
+        let keys = if self.settings.reuse.frames {
+            times.pixels = lap.take();
+            let Watcher { frames, model, preprocess, features, .. } = self;
+            let keys = frames.features(model, preprocess, &window.frames, &squares, features)?;
+            let pictures_ms = frames.pictures_time.as_secs_f64() * 1e3;
+            times.pixels += pictures_ms;
+            times.vision = (lap.take() - pictures_ms).max(0.0);
+            Some(keys)
+        } else {
+            let frames = self.model.config().frames;
+            let pixels = self.preprocess.pixels(&window.frames, &squares, frames, PixelLayout::ChannelsFirst)?;
+            times.pixels = lap.take();
+            self.model.vision_features(&pixels, &mut self.features)?;
+            None
+        };
+        self.explain(observation, keys, times, started, lap)
     }
 
     /// As [`observe`](Self::observe), of a clip that the vision tower has seen already: `features` are its states,
@@ -304,21 +373,37 @@ impl<D: Device> Watcher<D> {
         let mut observation = self.nothing_seen(source, &window);
         observation.window.frames = frames;
         let device = self.model.device().clone();
+        self.frames.forget();
         self.features.write(&device, features, width)?;
-        self.explain(observation, StageTimes::default(), started, Lap(started))
+        self.explain(observation, None, StageTimes::default(), started, Lap(started))
     }
 
-    /// Everything behind the vision tower, whose states are in `self.features`.
+    /// Everything behind the vision tower, whose states are in `self.features`; `keys` name the pictures they are of.
     fn explain(
         &mut self,
         mut observation: Observation,
+        keys: Option<Vec<u64>>,
         mut times: StageTimes,
         started: Instant,
         mut lap: Lap,
     ) -> Result<Observation, WatchError> {
+        let reuse = self.settings.reuse;
+        if !reuse.gate {
+            self.model.forget_gate();
+        }
         let gate = self.model.gate(&self.gate_ids)?;
-        self.model.video_tokens(&self.features, gate, &mut self.video)?;
-        times.vision = lap.take();
+        let of = keys.filter(|_| reuse.projector).map(|keys| (keys, gate));
+        if of.is_none() || self.video_of != of {
+            self.video_of = None;
+            match &of {
+                Some((keys, gate)) => {
+                    self.model.video_tokens_again(&self.features, keys, *gate, &mut self.video)?;
+                }
+                None => self.model.video_tokens(&self.features, gate, &mut self.video)?,
+            }
+            self.video_of = of;
+        }
+        times.vision += lap.take();
 
         let pieces: Vec<Piece<'_, D>> = self
             .prompt
@@ -329,7 +414,10 @@ impl<D: Device> Watcher<D> {
                 PromptPiece::Video | PromptPiece::Audio => Piece::Rows(&self.video),
             })
             .collect();
-        self.session.start(&pieces)?;
+        match reuse.prefix {
+            true => self.session.start_again(&pieces)?,
+            false => self.session.start(&pieces)?,
+        };
         times.prefill = lap.take();
 
         let search = LabelSearch::default();
@@ -340,7 +428,7 @@ impl<D: Device> Watcher<D> {
         let sampling = Sampling { seed: observation.seed, ..self.settings.sampling };
         let answer = self.manifest.model.answer;
         let (grammar, scorer, emotions) = (&self.grammar, &self.scorer, self.emotions.as_slice());
-        let task = Task { grammar, scorer, search, emotions, fast: &fast, answer, sampling };
+        let task = Task { grammar, scorer, search, emotions, fast: &fast, answer, sampling, forced: reuse.forced };
         let reason = write_reason(self.settings.policy, &task, &mut self.session, &mut self.verifier)?;
         let after_ms = reason.probabilities_time.as_secs_f64() * 1e3;
         times.verify = reason.verify_time.as_secs_f64() * 1e3;
@@ -361,6 +449,7 @@ impl<D: Device> Watcher<D> {
         observation.tokens = Tokens { prompt, generated, extra: reason.extra_tokens };
         times.total = milliseconds(started);
         observation.times.stages_ms = times;
+        self.log_work(observation.window.index);
         Ok(observation)
     }
 

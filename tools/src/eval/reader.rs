@@ -40,7 +40,8 @@ impl<'a> Reader<'a> {
         let model = args.model()?;
         let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
         // The extractor finds faces; the watcher takes what the tower made of them.
-        let settings = WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch) };
+        let settings =
+            WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch), ..WatchSettings::default() };
         let device = CpuDevice::new(Some(1));
         let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
         if let Some(adapter) = &args.adapter {

@@ -11,7 +11,7 @@ use candor::media::{Source, SourceOptions, Windows};
 use candor::message::say;
 use candor::observation::Observation;
 use candor::text::Sampling;
-use candor::watch::{Policy, Report, WatchSettings, Watcher};
+use candor::watch::{Policy, Report, Reuse, WatchSettings, Watcher};
 use candor_kernels::cpu::CpuDevice;
 use clap::Args;
 
@@ -58,6 +58,9 @@ pub(crate) struct WatchArgs {
     /// Seconds from one window's start to the next's; else the model's.
     #[arg(long, value_name = "S")]
     step: Option<f64>,
+    /// What is not computed again from window to window: all, none, or a list of gate, prefix, frames, projector, forced.
+    #[arg(long, default_value_t = Reuse::ALL, value_name = "LIST")]
+    reuse: Reuse,
     /// Threads; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
@@ -71,7 +74,7 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
         named => Some(folders::verifier(named.clone())?),
     };
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let settings = WatchSettings { policy: args.policy, sampling, fit: None };
+    let settings = WatchSettings { policy: args.policy, sampling, fit: None, reuse: args.reuse };
     let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
     if let Some(adapter) = &args.adapter {
         watcher.adapt(adapter)?;
