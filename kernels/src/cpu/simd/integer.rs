@@ -3,6 +3,7 @@
 //! Weights are codes: a 4-bit value plus 8 (as it is stored), an 8-bit value plus [`Integer::OFFSET8`]. What the offsets
 //! add to a sum is taken off again before it starts, from the sums of the activations.
 
+use super::portable::f16_to_f32;
 use super::{Portable, Simd};
 
 /// What is added to a 4-bit value: codes are multiplied as they are stored.
@@ -46,6 +47,16 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     fn to_float(self, sums: Self::Sums) -> <Self::Float as Simd>::Vector;
     /// Lane `i` is `from[i / each]`.
     fn spread(self, from: &[f32], each: usize) -> <Self::Float as Simd>::Vector;
+    /// As `spread`, of IEEE halves.
+    #[inline(always)]
+    fn spread_halves(self, from: &[u16], each: usize) -> <Self::Float as Simd>::Vector {
+        let mut wide = [0.0; 4];
+        let count = lanes::<Self>().div_ceil(each);
+        for (wide, half) in wide.iter_mut().zip(&from[..count]) {
+            *wide = f16_to_f32(*half);
+        }
+        self.spread(&wide, each)
+    }
 }
 
 /// f32 of a vector of the set.

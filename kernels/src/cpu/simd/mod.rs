@@ -18,8 +18,6 @@ pub(crate) use x86::Avx512Bf16;
 
 /// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
 const AHEAD: usize = 8192;
-/// Bytes that are fetched at once.
-const LINE: usize = 64;
 
 /// Has the memory fetch the line [`AHEAD`] bytes behind the start of `from`, if there is anything.
 #[inline(always)]
@@ -32,21 +30,6 @@ pub(crate) fn fetch_ahead<T>(from: &[T]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = from;
-}
-
-/// Has the memory fetch as many bytes as `from` has, from its end on.
-#[inline(always)]
-pub(crate) fn fetch_next(from: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..from.len()).step_by(LINE) {
-        // SAFETY: every x86-64 has the instruction, and it takes any address.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(from.len() + line).cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, LINE);
 }
 
 /// Work that can be compiled for every instruction set.
