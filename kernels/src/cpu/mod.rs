@@ -2,6 +2,7 @@
 //!
 //! This file checks sizes and hands each operation to the file of its family.
 
+mod arithmetic;
 mod attention;
 mod bandwidth;
 mod convolution;
@@ -15,6 +16,7 @@ mod position;
 mod simd;
 mod stored;
 
+pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
 
 use crate::check;
