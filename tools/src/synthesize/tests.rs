@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use candor::model::{Classifier, LanguageModel, Model, Piece};
