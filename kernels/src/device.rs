@@ -160,6 +160,21 @@ pub trait Device: Clone + Send + Sync + 'static {
         activation: Activation,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// [`Device::linear`] of several layers over one x: each layer is a weight, a bias and an activation, and has the out
+    /// of the same index. Where a device can it reads x once.
+    #[allow(clippy::type_complexity)] // a layer's three parts
+    fn linear_each(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        layers: &[(&Self::Weight, Option<&Self::Weight>, Activation)],
+        outs: &mut [&mut Self::Buffer],
+    ) -> Result<()> {
+        for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
+            self.linear(x, rows, weight, bias, activation, out)?;
+        }
+        Ok(())
+    }
     /// `out = (x - mean) / sqrt(variance + eps) · weight + bias` over each row of `[rows, width]`, width from `weight`.
     fn layer_norm(
         &self,

@@ -6,7 +6,9 @@
 mod check;
 pub mod cpu;
 pub mod device;
+pub mod scales;
 pub mod tensor;
 
 pub use device::{Activation, AttentionShape, Device, DeviceError, Unfold};
+pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

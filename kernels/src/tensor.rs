@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::scales::{ScaleError, Scales};
+
 /// Element type of a stored weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -13,18 +15,36 @@ pub enum DType {
     F16,
     /// The upper half of a single.
     BF16,
-    /// Signed bytes, one f32 scale a row (see [`HostTensor::scales`]).
+    /// Signed bytes with [`Scales`].
     I8,
+    /// Four-bit values -8 ..= 7 with [`Scales`], as compressed-tensors packs them: eight a little-endian 32-bit word,
+    /// the first in the lowest bits, each stored as value + 8. Rows begin at words.
+    I4,
 }
 
 impl DType {
-    /// Bytes an element takes.
-    pub fn size(self) -> usize {
+    /// Bytes that a row of `elements` takes.
+    pub fn row_bytes(self, elements: usize) -> Option<usize> {
+        match self {
+            DType::F32 => elements.checked_mul(4),
+            DType::F16 | DType::BF16 => elements.checked_mul(2),
+            DType::I8 => Some(elements),
+            DType::I4 => elements.div_ceil(8).checked_mul(4),
+        }
+    }
+
+    /// What the address of the first byte must be a multiple of.
+    pub fn alignment(self) -> usize {
         match self {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
-            DType::I8 => 1,
+            DType::I8 | DType::I4 => 1,
         }
+    }
+
+    /// Whether values are integers that are multiplied by [`Scales`].
+    pub fn is_scaled(self) -> bool {
+        matches!(self, DType::I8 | DType::I4)
     }
 }
 
@@ -35,6 +55,7 @@ impl fmt::Display for DType {
             DType::F16 => "F16",
             DType::BF16 => "BF16",
             DType::I8 => "I8",
+            DType::I4 => "I4",
         })
     }
 }
@@ -50,7 +71,7 @@ pub struct HostTensor {
     len: usize,
     dtype: DType,
     shape: Vec<usize>,
-    scales: Option<Arc<[f32]>>,
+    scales: Option<Scales>,
 }
 
 /// Why bytes cannot be a tensor.
@@ -73,66 +94,72 @@ pub enum TensorError {
         actual: usize,
     },
     /// The first byte is not at a multiple of the element size.
-    #[error("the data starts at an address that is no multiple of {dtype}'s {size} bytes", size = .dtype.size())]
+    #[error("the data starts at an address that is no multiple of {dtype}'s {size} bytes", size = .dtype.alignment())]
     Misaligned {
         /// The element type.
         dtype: DType,
     },
-    /// Row scales are missing, superfluous, or not one a row.
-    #[error("{dtype} of shape {shape:?} with {scales} row scales")]
+    /// Integers without scales, or other values with them.
+    #[error("{dtype} of shape {shape:?} {}", if .dtype.is_scaled() { "has no scales" } else { "has scales" })]
+    Scaled {
+        /// The shape.
+        shape: Vec<usize>,
+        /// The element type.
+        dtype: DType,
+    },
+    /// Scales that are not those of the shape.
+    #[error("shape {shape:?} of {dtype}: {source}")]
     Scales {
         /// The shape.
         shape: Vec<usize>,
         /// The element type.
         dtype: DType,
-        /// Scales given.
-        scales: usize,
+        /// What is wrong with them.
+        source: ScaleError,
     },
 }
 
 impl HostTensor {
     /// A view of `bytes[start..start + len]` as `shape` elements of `dtype`.
     ///
-    /// `scales` (one a row, row = first dimension) must be given for [`DType::I8`] and for nothing else.
+    /// `scales` must be given for the integer types and for nothing else.
     pub fn new(
         bytes: Bytes,
         start: usize,
         len: usize,
         dtype: DType,
         shape: Vec<usize>,
-        scales: Option<Arc<[f32]>>,
+        scales: Option<Scales>,
     ) -> Result<Self, TensorError> {
-        let expected = shape
-            .iter()
-            .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
-            .ok_or_else(|| TensorError::Overflow(shape.clone()))?;
+        let overflow = || TensorError::Overflow(shape.clone());
+        let (rows, rest) = shape.split_first().map_or((1, &[][..]), |(&rows, rest)| (rows, rest));
+        let row_len = rest.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(overflow)?;
+        rows.checked_mul(row_len).ok_or_else(overflow)?;
+        let expected = dtype.row_bytes(row_len).and_then(|row| row.checked_mul(rows)).ok_or_else(overflow)?;
         let whole = (*bytes).as_ref();
         let actual = start.checked_add(len).and_then(|end| whole.get(start..end)).map_or(0, <[u8]>::len);
         if actual != len || len != expected {
             return Err(TensorError::Size { shape, dtype, expected, actual });
         }
-        if !(whole.as_ptr() as usize + start).is_multiple_of(dtype.size()) {
+        if !(whole.as_ptr() as usize + start).is_multiple_of(dtype.alignment()) {
             return Err(TensorError::Misaligned { dtype });
         }
-        let rows = shape.first().copied().unwrap_or(1);
-        let given = scales.as_ref().map(|s| s.len());
-        if given != (dtype == DType::I8).then_some(rows) {
-            return Err(TensorError::Scales { shape, dtype, scales: given.unwrap_or(0) });
+        match &scales {
+            given if given.is_some() != dtype.is_scaled() => return Err(TensorError::Scaled { shape, dtype }),
+            Some(scales) => {
+                if let Err(source) = scales.check(rows, row_len) {
+                    return Err(TensorError::Scales { shape, dtype, source });
+                }
+            }
+            None => {}
         }
         Ok(HostTensor { bytes, start, len, dtype, shape, scales })
     }
 
     /// A tensor that owns f32 values (tests, and weights derived from stored ones when loading).
     pub fn from_f32(values: &[f32], shape: &[usize]) -> Result<Self, TensorError> {
-        // Stored as f32 so that the allocation is aligned for them.
-        struct Owned(Vec<f32>);
-        impl AsRef<[u8]> for Owned {
-            fn as_ref(&self) -> &[u8] {
-                // SAFETY: any f32 is four initialised bytes; u8 has no alignment to keep.
-                unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 4) }
-            }
-        }
-        Self::new(Arc::new(Owned(values.to_vec())), 0, values.len() * 4, DType::F32, shape.to_vec(), None)
+        let bytes = owned_f32(values.to_vec());
+        Self::new(bytes, 0, values.len() * 4, DType::F32, shape.to_vec(), None)
     }
 
     /// The element type.
@@ -147,7 +174,7 @@ impl HostTensor {
 
     /// Elements.
     pub fn elements(&self) -> usize {
-        self.len / self.dtype.size()
+        self.shape.iter().product()
     }
 
     /// Rows: the first dimension (1 for a scalar).
@@ -165,9 +192,9 @@ impl HostTensor {
         &(*self.bytes).as_ref()[self.start..self.start + self.len]
     }
 
-    /// One scale a row, for [`DType::I8`]: value = scale × byte.
-    pub fn scales(&self) -> Option<&[f32]> {
-        self.scales.as_deref()
+    /// What the integers of [`DType::I8`] and [`DType::I4`] are multiplied by.
+    pub fn scales(&self) -> Option<&Scales> {
+        self.scales.as_ref()
     }
 
     /// Every element as f32 (a copy; for small tensors and tests).
@@ -177,15 +204,36 @@ impl HostTensor {
             DType::F32 => b.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
             DType::F16 => b.chunks_exact(2).map(|c| half::f16::from_le_bytes([c[0], c[1]]).to_f32()).collect(),
             DType::BF16 => b.chunks_exact(2).map(|c| half::bf16::from_le_bytes([c[0], c[1]]).to_f32()).collect(),
-            DType::I8 => {
-                let scales = self.scales.as_deref().unwrap_or(&[]);
-                b.chunks_exact(self.row_len().max(1))
-                    .zip(scales)
-                    .flat_map(|(row, s)| row.iter().map(move |&v| f32::from(v as i8) * s))
-                    .collect()
+            DType::I8 | DType::I4 => {
+                let mut values = vec![0.0; self.elements()];
+                let depth = self.row_len();
+                let row_bytes = self.dtype.row_bytes(depth).unwrap_or(0);
+                for (row, out) in values.chunks_exact_mut(depth.max(1)).enumerate() {
+                    let codes = &b[row * row_bytes..][..row_bytes];
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let code = match self.dtype {
+                            DType::I8 => f32::from(codes[i] as i8),
+                            _ => f32::from(codes[i / 2] >> (4 * (i % 2)) & 15) - 8.0,
+                        };
+                        *out = code * self.scales.as_ref().map_or(1.0, |scales| scales.of(row, i));
+                    }
+                }
+                values
             }
         }
     }
+}
+
+/// f32 values as the bytes of a tensor, aligned for them.
+pub(crate) fn owned_f32(values: Vec<f32>) -> Bytes {
+    struct Owned(Vec<f32>);
+    impl AsRef<[u8]> for Owned {
+        fn as_ref(&self) -> &[u8] {
+            // SAFETY: any f32 is four initialised bytes; u8 has no alignment to keep.
+            unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 4) }
+        }
+    }
+    Arc::new(Owned(values))
 }
 
 impl fmt::Debug for HostTensor {

@@ -2,13 +2,13 @@
 #![allow(missing_docs)]
 
 use candor_kernels::cpu::CpuDevice;
-use candor_kernels::{Activation, AttentionShape, DType, Device, DeviceError, HostTensor, Unfold};
+use candor_kernels::{Activation, AttentionShape, DType, Device, DeviceError, HostTensor, Scales, Unfold};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
 const SEED: u64 = 20_240_607;
-const TYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::I8];
+const TYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::I8, DType::I4];
 const ACTIVATIONS: [Activation; 7] = [
     Activation::Identity,
     Activation::Gelu,
@@ -24,8 +24,11 @@ const ALLOWED: f64 = 2e-6;
 
 /// Every device of this machine.
 fn devices() -> Vec<CpuDevice> {
-    let devices: Vec<CpuDevice> =
-        ["portable", "avx2", "avx512"].into_iter().filter_map(|level| CpuDevice::with_level(Some(3), level)).collect();
+    let devices: Vec<CpuDevice> = CpuDevice::levels()
+        .into_iter()
+        .filter_map(|level| CpuDevice::with_level(Some(3), level))
+        .map(CpuDevice::exact)
+        .collect();
     assert!(!devices.is_empty());
     devices
 }
@@ -100,7 +103,7 @@ fn test<D: Device>(device: &D) -> Test<'_, D> {
 }
 
 /// A tensor in the middle of bytes, aligned as a file mapping's are.
-fn tensor(bytes: Vec<u8>, dtype: DType, shape: &[usize], scales: Option<Arc<[f32]>>) -> HostTensor {
+fn tensor(bytes: Vec<u8>, dtype: DType, shape: &[usize], scales: Option<Scales>) -> HostTensor {
     let mut padded = vec![0; bytes.len() + 8];
     let start = padded.as_ptr().align_offset(8);
     padded[start..start + bytes.len()].copy_from_slice(&bytes);
@@ -118,9 +121,21 @@ fn stored(values: &[f32], dtype: DType, shape: &[usize]) -> HostTensor {
             let bytes = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
             tensor(bytes, dtype, shape, None)
         }
-        _ => {
+        DType::I8 => {
             let bytes = values.iter().map(|&v| (v * 63.0) as i8 as u8).collect();
-            let scales = (0..shape[0]).map(|row| (1.0 + row as f32 / 7.0) / 63.0).collect();
+            let scales: Vec<f32> = (0..shape[0]).map(|row| (1.0 + row as f32 / 7.0) / 63.0).collect();
+            tensor(bytes, dtype, shape, Some(Scales::rows(scales)))
+        }
+        _ => {
+            let (rows, depth) = (shape[0], shape[1..].iter().product::<usize>());
+            let mut bytes = vec![0u8; rows * depth.div_ceil(8) * 4];
+            for (i, &v) in values.iter().enumerate() {
+                let (row, at) = (i / depth, i % depth);
+                bytes[row * depth.div_ceil(8) * 4 + at / 2] |=
+                    ((v * 3.5) as i8 + 8) as u8 * if at % 2 == 0 { 1 } else { 16 };
+            }
+            let scales = (0..rows * depth.div_ceil(32)).map(|i| (1.0 + i as f32 / 7.0) / 3.5).collect();
+            let scales = Scales::groups_from_f32(scales, 32, rows).expect("a good group");
             tensor(bytes, dtype, shape, Some(scales))
         }
     }

@@ -17,7 +17,7 @@ use weights::{Case, Stored, Tensors, write_folder, write_tensors};
 const TOLERANCE: f64 = 2e-4;
 
 fn device() -> CpuDevice {
-    CpuDevice::new(Some(2))
+    CpuDevice::new(Some(2)).exact()
 }
 
 /// Traces a model folder on a case's inputs.

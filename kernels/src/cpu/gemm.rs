@@ -8,7 +8,7 @@
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::Avx512Bf16;
-use crate::cpu::simd::{Level, Operation, Simd};
+use crate::cpu::simd::{Level, Operation, Portable, Simd};
 use crate::device::{DeviceError, Result};
 use std::cell::Cell;
 
@@ -159,20 +159,19 @@ pub(crate) fn product_at<B: Columns>(
     precision: Precision,
     finish: impl Fn(&mut [f32], usize) + Sync,
 ) {
-    match (level, precision) {
-        #[cfg(target_arch = "x86_64")]
-        (Level::Avx512(simd), precision) => match Avx512Bf16::new() {
-            Some(pairs) if precision == Precision::Bf16 => {
-                product(Bf16Tile { pairs }, pool, a, b, c, accumulate, finish);
-            }
-            _ => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate, finish),
-        },
-        #[cfg(target_arch = "x86_64")]
-        (Level::Avx2(simd), _) => product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish),
-        (Level::Portable(simd), _) => {
-            product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd }, pool, a, b, c, accumulate, finish);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(simd) = level.avx512() {
+        match Avx512Bf16::new().filter(|_| precision == Precision::Bf16) {
+            Some(pairs) => product(Bf16Tile { pairs }, pool, a, b, c, accumulate, finish),
+            None => product(F32Tile::<_, 12, 2, 32> { simd }, pool, a, b, c, accumulate, finish),
         }
+        return;
+    } else if let Some(simd) = level.avx2() {
+        product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish);
+        return;
     }
+    let _ = (level, precision); // there is but one way left
+    product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd: Portable }, pool, a, b, c, accumulate, finish);
 }
 
 /// NEON has 32 registers, SSE2 has 16.
@@ -656,7 +655,7 @@ mod tests {
             [(1, 1, 1), (5, 7, 3), (12, 32, 16), (25, 65, 33), (197, 9, 20), (6, 33, 401), (3, 5, 801), (2, 1601, 9)];
         for threads in [1, 3] {
             let pool = ThreadPool::new(Some(threads));
-            for level in ["portable", "avx2", "avx512"].into_iter().filter_map(Level::named) {
+            for level in Level::all() {
                 for (m, n, k) in sizes {
                     for layout in 0..5 {
                         // Room for a row stride three longer than the row, or for columns two apart.

@@ -1,4 +1,4 @@
-//! The linear layer. Few rows are dot products that read the stored weight once, in its own type, and are bound by
+//! The linear layer in f32. Few rows are dot products that read the stored weight once, in its own type, and are bound by
 //! memory; more rows are a blocked product whose panels are widened to f32 while they are packed.
 #![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
@@ -6,7 +6,7 @@ use crate::cpu::elementwise::Finish;
 use crate::cpu::gemm::{Columns, MatrixRef, Part, Precision, Tile, product_at};
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 use crate::cpu::simd::{Level, Operation, Simd};
-use crate::cpu::stored::{Stored, Values, widen, with_values};
+use crate::cpu::stored::{Stored, Values, widen_row};
 use crate::device::{Activation, Result};
 use std::cell::Cell;
 
@@ -61,11 +61,29 @@ pub(crate) fn linear(
     pool.run(outputs.div_ceil(share), |task| {
         let first = task * share;
         let count = share.min(outputs - first);
-        with_values!(weight, |elements, scales| {
-            let weight = &elements[first * depth..(first + count) * depth];
-            let scales = scales.map(|scales| &scales[first..first + count]);
-            level.run(Dots { x, depth, weight, scales, out: &shared, first, width: outputs });
-        });
+        let range = first * depth..(first + count) * depth;
+        let (out, width) = (&shared, outputs);
+        match weight {
+            Values::F32(w) => level.run(Dots { x, depth, weight: &w[range], scales: None, out, first, width }),
+            Values::F16(w) => level.run(Dots { x, depth, weight: &w[range], scales: None, out, first, width }),
+            Values::Bf16(w) => level.run(Dots { x, depth, weight: &w[range], scales: None, out, first, width }),
+            Values::I8(w, scales) => {
+                let scales = Some(&scales[first..first + count]);
+                level.run(Dots { x, depth, weight: &w[range], scales, out, first, width });
+            }
+            Values::Codes(_) => {
+                let mut widened = WIDENED.take();
+                for few in (first..first + count).step_by(OUTPUTS) {
+                    let rows = OUTPUTS.min(first + count - few);
+                    widened.resize(rows * depth, 0.0);
+                    for (r, to) in widened.chunks_exact_mut(depth).enumerate() {
+                        widen_row(level, weight, few + r, depth, 0, to);
+                    }
+                    level.run(Dots { x, depth, weight: &widened[..], scales: None, out, first: few, width });
+                }
+                WIDENED.set(widened);
+            }
+        }
         for r in 0..rows {
             // SAFETY: each task has outputs of its own.
             finish(unsafe { shared.range(r * outputs + first, count) }, first);
@@ -84,7 +102,7 @@ struct StoredMatrix<'a> {
 }
 
 thread_local! {
-    /// One panel's rows as f32, before they are packed.
+    /// A few rows of the weight as f32.
     static WIDENED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
@@ -107,12 +125,9 @@ impl Columns for StoredMatrix<'_> {
         for (index, panel) in panels.chunks_exact_mut(panel).enumerate() {
             let first = part.first + index * T::COLUMNS;
             let count = T::COLUMNS.min(part.first + part.count - first);
-            with_values!(self.values, |elements, scales| {
-                for (r, to) in widened.chunks_exact_mut(part.depth).take(count).enumerate() {
-                    let from = &elements[(first + r) * self.depth + part.from..][..part.depth];
-                    widen(self.level, from, scales.map(|scales| scales[first + r]), to);
-                }
-            });
+            for (r, to) in widened.chunks_exact_mut(part.depth).take(count).enumerate() {
+                widen_row(self.level, self.values, first + r, self.depth, part.from, to);
+            }
             if let Ok(matrix) = MatrixRef::row_major(&widened, count, part.depth) {
                 tile.pack_columns(matrix, Part { first: 0, count, from: 0, depth: part.depth }, panel);
             }

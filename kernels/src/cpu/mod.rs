@@ -13,6 +13,7 @@ mod math;
 mod norm;
 pub mod pool;
 mod position;
+mod quantised;
 mod simd;
 mod stored;
 
@@ -34,6 +35,7 @@ pub struct CpuDevice {
     /// A pool of the calling thread alone, for products within a task.
     serial: ThreadPool,
     level: Level,
+    exact: bool,
 }
 
 /// f32 activations in memory.
@@ -51,13 +53,30 @@ impl CpuDevice {
         Self::at(threads, Level::chosen())
     }
 
-    /// A device that uses the instruction set `level` (`portable`, `avx2` or `avx512`), if the processor has it.
+    /// A device that uses the instruction set `level` (one of [`CpuDevice::levels`]).
     pub fn with_level(threads: Option<usize>, level: &str) -> Option<Self> {
         Level::named(level).map(|level| Self::at(threads, level))
     }
 
     fn at(threads: Option<usize>, level: Level) -> Self {
-        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level }
+        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level, exact: false }
+    }
+
+    /// The same with activations in f32 everywhere: slower where weights are quantised, and exact but for the rounding
+    /// of sums. Otherwise activations are rounded to bytes there.
+    pub fn exact(mut self) -> Self {
+        self.exact = true;
+        self
+    }
+
+    /// The instruction sets that this processor has, as `CANDOR_CPU` and [`CpuDevice::with_level`] take them, best last.
+    pub fn levels() -> Vec<&'static str> {
+        Level::all().map(Level::name).collect()
+    }
+
+    /// The weight as codes, if it is quantised and activations are to be.
+    fn codes<'a>(&self, weight: &'a CpuWeight) -> Option<quantised::Codes<'a>> {
+        if self.exact { None } else { quantised::Codes::of(&weight.0) }
     }
 
     /// The threads, for work beside the operations of a model.
@@ -78,7 +97,8 @@ impl Device for CpuDevice {
     type Weight = CpuWeight;
 
     fn describe(&self) -> String {
-        format!("CPU, {} kernels, {} threads", self.level.name(), self.pool.threads())
+        let exact = if self.exact { ", exact" } else { "" };
+        format!("CPU, {} kernels{exact}, {} threads", self.level.name(), self.pool.threads())
     }
 
     fn allocate(&self, len: usize) -> Result<CpuBuffer> {
@@ -148,8 +168,53 @@ impl Device for CpuDevice {
         let out_len = check::at_least("linear", "out", out.0.len(), &[rows, outputs])?;
         let bias = bias_of("linear", bias, outputs)?;
         let (x, out) = (&x.0[..x_len], &mut out.0[..out_len]);
+        if let Some(codes) = self.codes(weight) {
+            let layer = quantised::Layer::new(codes, bias.as_deref(), activation, out);
+            quantised::linear(self.level, &self.pool, x, rows, &[layer]);
+            return Ok(());
+        }
         let layer = linear::Layer { weight: values(&weight.0), outputs, depth, bias: bias.as_deref(), activation };
         linear::linear(self.level, &self.pool, x, rows, layer, out)
+    }
+
+    fn linear_each(
+        &self,
+        x: &CpuBuffer,
+        rows: usize,
+        layers: &[(&CpuWeight, Option<&CpuWeight>, Activation)],
+        outs: &mut [&mut CpuBuffer],
+    ) -> Result<()> {
+        const SEVERAL: usize = 3;
+        let first = layers.first().and_then(|layer| self.codes(layer.0));
+        let together = |weight| first.zip(self.codes(weight)).is_some_and(|(first, other)| first.goes_with(&other));
+        if layers.len() > SEVERAL || !layers.iter().all(|layer| together(layer.0)) {
+            for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
+                self.linear(x, rows, weight, bias, activation, out)?;
+            }
+            return Ok(());
+        }
+        let depth = first.map_or(0, |codes| codes.depth());
+        let x_len = check::at_least("linear_each", "x", x.0.len(), &[rows, depth])?;
+        let mut biases: [Option<Cow<'_, [f32]>>; SEVERAL] = Default::default();
+        for (&(weight, bias, _), kept) in layers.iter().zip(&mut biases) {
+            *kept = bias_of("linear_each", bias, weight.0.rows())?;
+        }
+        let mut ready: [Option<quantised::Layer<'_>>; SEVERAL] = Default::default();
+        for (((&(weight, _, activation), bias), out), ready) in layers.iter().zip(&biases).zip(outs).zip(&mut ready) {
+            let len = check::at_least("linear_each", "out", out.0.len(), &[rows, weight.0.rows()])?;
+            let out = &mut out.0[..len];
+            *ready = self.codes(weight).map(|codes| quantised::Layer::new(codes, bias.as_deref(), activation, out));
+        }
+        let run = |layers: &[quantised::Layer<'_>]| {
+            quantised::linear(self.level, &self.pool, &x.0[..x_len], rows, layers);
+        };
+        match ready {
+            [Some(a), Some(b), Some(c)] => run(&[a, b, c]),
+            [Some(a), Some(b), None] => run(&[a, b]),
+            [Some(a), ..] => run(&[a]),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn layer_norm(

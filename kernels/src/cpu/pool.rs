@@ -4,6 +4,7 @@
 //! but the task it holds. The calling thread works too; a pool of one thread is the calling thread alone.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,9 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a thread looks for work (or for the end of a job) before it sleeps. Operations of one layer follow each
+/// How long a thread looks for work (or for the end of a job) before it sleeps. Operations of one token follow each
 /// other within this time; waking a sleeping thread takes about as long.
-const SPIN: Duration = Duration::from_micros(5);
+const SPIN: Duration = Duration::from_micros(60);
+/// Looks between two looks at the clock.
+const LOOKS: usize = 32;
+/// Jobs that can be under way at once. A caller that finds no place does its tasks alone.
+const PLACES: usize = 16;
 
 /// A handle on a set of worker threads; clones share the threads, which end with the last handle.
 #[derive(Clone)]
@@ -28,111 +33,164 @@ struct Workers {
 }
 
 struct Shared {
-    /// Jobs that may have unclaimed tasks, oldest first.
-    jobs: Mutex<Vec<Arc<Job>>>,
-    work: Condvar,
-    /// Grows with every job, so that a spinning thread sees new work without the lock.
+    places: [Place; PLACES],
+    /// Grows with every job, so that a waiting thread sees new work.
     posted: AtomicUsize,
+    /// Workers that sleep, or are about to.
+    sleeping: AtomicUsize,
+    asleep: Mutex<()>,
+    work: Condvar,
     stop: AtomicBool,
 }
 
-struct Job {
-    /// The caller's closure. Called only between a claim below `tasks` and the count in `done`, and the caller
-    /// stays in [`ThreadPool::run`] until every task is counted.
-    task: *const (dyn Fn(usize) + Sync + 'static),
-    tasks: usize,
+type Task = *const (dyn Fn(usize) + Sync + 'static);
+
+/// Room for a job. It is used again and again, so that a job takes no memory.
+#[derive(Default)]
+struct Place {
+    /// Whether somebody has it.
+    taken: AtomicBool,
+    /// Whether workers may come in. `job` is written only while it is not open and nobody is inside.
+    open: AtomicBool,
+    /// Workers that came in and did not leave yet.
+    inside: AtomicUsize,
+    job: UnsafeCell<Option<Job>>,
     next: AtomicUsize,
     done: AtomicUsize,
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
-    finished: Mutex<bool>,
+    /// Whether the caller sleeps until the last task is done and the last worker left.
+    waiting: AtomicBool,
+    asleep: Mutex<()>,
     all_done: Condvar,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: the closure behind the pointer is `Sync`, and it outlives every call (see `Job::task`).
-unsafe impl Send for Job {}
+#[derive(Clone, Copy)]
+struct Job {
+    /// The caller's closure, which lives until the place is given back.
+    task: Task,
+    tasks: usize,
+}
+
+// SAFETY: `job` is the only part that is not `Sync`. Its caller alone writes it, before the place opens and after the last
+// worker left; the closure behind the pointer is `Sync`.
+unsafe impl Send for Place {}
 // SAFETY: as above.
-unsafe impl Sync for Job {}
+unsafe impl Sync for Place {}
 
 /// A lock whose data stays right when a holder panics.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Job {
-    fn has_unclaimed(&self) -> bool {
-        self.next.load(Ordering::Relaxed) < self.tasks
-    }
-
-    /// Claims and does tasks until none is left.
-    fn work(&self) {
-        loop {
-            if !self.has_unclaimed() {
-                return;
+/// Looks until `there` is true, for a short time; whether it was.
+fn spin_until(there: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        for _ in 0..LOOKS {
+            if there() {
+                return true;
             }
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= self.tasks {
-                return;
-            }
-            // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
-            // it borrows is alive.
-            let task = unsafe { &*self.task };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
-                lock(&self.panic).get_or_insert(payload);
-            }
-            if self.done.fetch_add(1, Ordering::AcqRel) + 1 == self.tasks {
-                *lock(&self.finished) = true;
-                self.all_done.notify_all();
-            }
+            std::hint::spin_loop();
         }
-    }
-
-    fn is_done(&self) -> bool {
-        self.done.load(Ordering::Acquire) == self.tasks
-    }
-
-    /// Waits until every task is counted.
-    fn wait(&self) {
-        let start = Instant::now();
-        while !self.is_done() {
-            if start.elapsed() < SPIN {
-                std::hint::spin_loop();
-                continue;
-            }
-            let mut finished = lock(&self.finished);
-            while !*finished {
-                finished = self.all_done.wait(finished).unwrap_or_else(PoisonError::into_inner);
-            }
+        if start.elapsed() > SPIN {
+            return false;
         }
     }
 }
 
-impl Shared {
-    /// A worker's life: do what is posted, spin shortly, sleep.
-    fn serve(&self) {
-        let mut seen = self.posted.load(Ordering::Acquire);
+impl Place {
+    fn has_unclaimed(&self) -> bool {
+        self.open.load(Ordering::SeqCst)
+    }
+
+    /// Claims and does tasks of a job until none is left.
+    fn work(&self, job: Job) {
         loop {
-            let job = {
-                let mut jobs = lock(&self.jobs);
-                loop {
-                    if self.stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    if let Some(job) = jobs.iter().find(|job| job.has_unclaimed()) {
-                        break Arc::clone(job);
-                    }
-                    jobs = self.work.wait(jobs).unwrap_or_else(PoisonError::into_inner);
-                }
-            };
-            job.work();
-            drop(job);
-            let start = Instant::now();
-            while start.elapsed() < SPIN {
-                let posted = self.posted.load(Ordering::Acquire);
-                if posted != seen {
-                    seen = posted;
-                    break;
-                }
-                std::hint::spin_loop();
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= job.tasks {
+                // Nobody needs to come in any more.
+                self.open.store(false, Ordering::SeqCst);
+                return;
+            }
+            // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
+            // it borrows is alive.
+            let task = unsafe { &*job.task };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                lock(&self.panic).get_or_insert(payload);
+            }
+            self.done.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// A worker's visit: comes in if the place is open, works, leaves.
+    fn visit(&self) {
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        // Seen open after coming in, the place cannot be given back before this worker leaves: its caller closes it
+        // first and waits until nobody is inside.
+        if self.open.load(Ordering::SeqCst) {
+            // SAFETY: see above; the opening made the caller's write visible.
+            if let Some(job) = unsafe { *self.job.get() } {
+                self.work(job);
+            }
+        }
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) {
+            drop(lock(&self.asleep));
+            self.all_done.notify_all();
+        }
+    }
+
+    /// Waits until every task is done and every worker left.
+    fn wait(&self, tasks: usize) {
+        let over = || self.done.load(Ordering::Acquire) == tasks && self.inside.load(Ordering::SeqCst) == 0;
+        if spin_until(over) {
+            return;
+        }
+        let mut asleep = lock(&self.asleep);
+        self.waiting.store(true, Ordering::SeqCst);
+        while !over() {
+            asleep = self.all_done.wait(asleep).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.waiting.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    /// A worker's life: do what is posted, look shortly for more, sleep.
+    fn serve(&self) {
+        loop {
+            let seen = self.posted.load(Ordering::SeqCst);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            let mut found = false;
+            for place in self.places.iter().filter(|place| place.has_unclaimed()) {
+                place.visit();
+                found = true;
+            }
+            let is_new = || self.posted.load(Ordering::SeqCst) != seen;
+            if found || spin_until(is_new) {
+                continue;
+            }
+            let mut asleep = lock(&self.asleep);
+            self.sleeping.fetch_add(1, Ordering::SeqCst);
+            while !is_new() && !self.stop.load(Ordering::SeqCst) {
+                asleep = self.work.wait(asleep).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.sleeping.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Tells the workers of a job of several tasks.
+    fn post(&self, tasks: usize) {
+        self.posted.fetch_add(1, Ordering::SeqCst);
+        let sleeping = self.sleeping.load(Ordering::SeqCst);
+        if sleeping > 0 {
+            drop(lock(&self.asleep));
+            if tasks > sleeping {
+                self.work.notify_all();
+            } else {
+                (1..tasks).for_each(|_| self.work.notify_one());
             }
         }
     }
@@ -145,9 +203,11 @@ impl ThreadPool {
         let wanted =
             threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get)).max(1);
         let shared = Arc::new(Shared {
-            jobs: Mutex::new(Vec::new()),
-            work: Condvar::new(),
+            places: Default::default(),
             posted: AtomicUsize::new(0),
+            sleeping: AtomicUsize::new(0),
+            asleep: Mutex::new(()),
+            work: Condvar::new(),
             stop: AtomicBool::new(false),
         });
         let mut handles = Vec::new();
@@ -175,35 +235,31 @@ impl ThreadPool {
     /// # Panics
     /// When a task panics, with the first panic's payload, after every task that was begun ended.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
-        if tasks <= 1 || self.threads() == 1 {
+        let shared = &self.workers.shared;
+        let free = |place: &&Place| !place.taken.load(Ordering::Relaxed) && !place.taken.swap(true, Ordering::Acquire);
+        let place = match tasks > 1 && self.threads() > 1 {
+            true => shared.places.iter().find(free),
+            false => None,
+        };
+        let Some(place) = place else {
             (0..tasks).for_each(task);
             return;
-        }
+        };
         let borrowed: &(dyn Fn(usize) + Sync) = &task;
-        // SAFETY: only the lifetime changes. `Job::work` calls the closure for claimed, uncounted tasks only, and this
+        // SAFETY: only the lifetime changes. Workers call the closure for claimed, uncounted tasks only, and this
         // function does not return (nor unwind) before all tasks are counted.
-        let task: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(borrowed) };
-        let job = Arc::new(Job {
-            task,
-            tasks,
-            next: AtomicUsize::new(0),
-            done: AtomicUsize::new(0),
-            panic: Mutex::new(None),
-            finished: Mutex::new(false),
-            all_done: Condvar::new(),
-        });
-        let shared = &self.workers.shared;
-        lock(&shared.jobs).push(Arc::clone(&job));
-        shared.posted.fetch_add(1, Ordering::Release);
-        if tasks > self.workers.handles.len() {
-            shared.work.notify_all();
-        } else {
-            (1..tasks).for_each(|_| shared.work.notify_one());
-        }
-        job.work();
-        lock(&shared.jobs).retain(|other| !Arc::ptr_eq(other, &job));
-        job.wait();
-        let payload = lock(&job.panic).take();
+        let task: Task = unsafe { std::mem::transmute(borrowed) };
+        let job = Job { task, tasks };
+        // SAFETY: the place is this caller's, closed, and nobody is inside: so its last caller left it.
+        unsafe { *place.job.get() = Some(job) };
+        place.next.store(0, Ordering::Relaxed);
+        place.done.store(0, Ordering::Relaxed);
+        place.open.store(true, Ordering::SeqCst);
+        shared.post(tasks);
+        place.work(job);
+        place.wait(tasks);
+        let payload = lock(&place.panic).take();
+        place.taken.store(false, Ordering::Release);
         if let Some(payload) = payload {
             resume_unwind(payload);
         }
@@ -235,8 +291,8 @@ impl Drop for Workers {
     fn drop(&mut self) {
         {
             // Under the lock, so that no worker is between its look at `stop` and its sleep.
-            let _jobs = lock(&self.shared.jobs);
-            self.shared.stop.store(true, Ordering::Relaxed);
+            let _asleep = lock(&self.shared.asleep);
+            self.shared.stop.store(true, Ordering::SeqCst);
         }
         self.shared.work.notify_all();
         for handle in self.handles.drain(..) {

@@ -3,19 +3,16 @@
 use crate::cpu::elementwise::chunk_rows;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Level;
-use crate::cpu::stored::{Values, widen, with_values};
+use crate::cpu::stored::{Values, widen_row};
 
 /// `out[i] = table[ids[i]]` for rows of `width`; ids lie within the table.
 pub(crate) fn embed(level: Level, table: Values<'_>, width: usize, ids: &[u32], out: &mut [f32]) {
     if width == 0 {
         return;
     }
-    with_values!(table, |elements, scales| {
-        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(width)) {
-            let row = id as usize;
-            widen(level, &elements[row * width..][..width], scales.map(|scales| scales[row]), out);
-        }
-    });
+    for (&id, out) in ids.iter().zip(out.chunks_exact_mut(width)) {
+        widen_row(level, table, id as usize, width, 0, out);
+    }
 }
 
 /// `x[r] += table[(first + r) mod table_rows]` for rows of `width`.
@@ -36,10 +33,7 @@ pub(crate) fn add_positions(
         let mut position = vec![0.0; width];
         for (r, x) in piece.chunks_exact_mut(width).enumerate() {
             let row = (first % table_rows + (index * rows + r) % table_rows) % table_rows;
-            with_values!(table, |elements, scales| {
-                let scale = scales.map(|scales| scales[row]);
-                widen(level, &elements[row * width..][..width], scale, &mut position);
-            });
+            widen_row(level, table, row, width, 0, &mut position);
             x.iter_mut().zip(&position).for_each(|(x, position)| *x += position);
         }
     });

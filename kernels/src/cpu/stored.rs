@@ -1,6 +1,7 @@
 //! Weights as they lie in the file, widened to f32 a vector at a time while they are used.
 
 use crate::cpu::simd::{Level, MAX_LANES, Operation, Simd};
+use crate::scales::Scales;
 use crate::tensor::{DType, HostTensor};
 use std::borrow::Cow;
 
@@ -73,32 +74,9 @@ pub(crate) enum Values<'a> {
     Bf16(&'a [Bf16]),
     /// Bytes, and one scale a row.
     I8(&'a [i8], &'a [f32]),
+    /// Four-bit values, or bytes with a scale a group.
+    Codes(&'a HostTensor),
 }
-
-/// Runs `$code` with `$elements` bound to the elements as a slice of their own type and `$scales` to the row scales.
-macro_rules! with_values {
-    ($values:expr, |$elements:ident, $scales:ident| $code:expr) => {
-        match $values {
-            $crate::cpu::stored::Values::F32($elements) => {
-                let $scales: Option<&[f32]> = None;
-                $code
-            }
-            $crate::cpu::stored::Values::F16($elements) => {
-                let $scales: Option<&[f32]> = None;
-                $code
-            }
-            $crate::cpu::stored::Values::Bf16($elements) => {
-                let $scales: Option<&[f32]> = None;
-                $code
-            }
-            $crate::cpu::stored::Values::I8($elements, scales) => {
-                let $scales: Option<&[f32]> = Some(scales);
-                $code
-            }
-        }
-    };
-}
-pub(crate) use with_values;
 
 /// The elements of `tensor`, not copied.
 pub(crate) fn values(tensor: &HostTensor) -> Values<'_> {
@@ -107,7 +85,11 @@ pub(crate) fn values(tensor: &HostTensor) -> Values<'_> {
         DType::F32 => Values::F32(cast(bytes)),
         DType::F16 => Values::F16(cast(bytes)),
         DType::BF16 => Values::Bf16(cast(bytes)),
-        DType::I8 => Values::I8(cast(bytes), tensor.scales().unwrap_or(&[])),
+        DType::I8 => match tensor.scales().and_then(Scales::of_rows) {
+            Some(scales) => Values::I8(cast(bytes), scales),
+            None => Values::Codes(tensor),
+        },
+        DType::I4 => Values::Codes(tensor),
     }
 }
 
@@ -127,8 +109,40 @@ pub(crate) fn small(tensor: &HostTensor) -> Cow<'_, [f32]> {
     }
 }
 
+/// Elements `from ..` of row `row` of a table of rows of `width` elements, as f32; as many as `to` holds.
+pub(crate) fn widen_row(level: Level, table: Values<'_>, row: usize, width: usize, from: usize, to: &mut [f32]) {
+    let range = row * width + from..row * width + from + to.len();
+    match table {
+        Values::F32(elements) => to.copy_from_slice(&elements[range]),
+        Values::F16(elements) => widen(level, &elements[range], None, to),
+        Values::Bf16(elements) => widen(level, &elements[range], None, to),
+        Values::I8(elements, scales) => widen(level, &elements[range], Some(scales[row]), to),
+        Values::Codes(tensor) => {
+            let Some((codes, scales)) = tensor.dtype().row_bytes(width).zip(tensor.scales()) else { return };
+            let codes = &tensor.bytes()[row * codes..][..codes];
+            for (to, i) in to.iter_mut().zip(from..) {
+                let code = match tensor.dtype() {
+                    DType::I4 => f32::from(codes[i / 2] >> (4 * (i % 2)) & 15) - 8.0,
+                    _ => f32::from(codes[i] as i8),
+                };
+                *to = code * scales.of(row, i);
+            }
+        }
+    }
+}
+
+/// Scales `first ..` of all scales of a weight as f32; as many as `to` holds.
+pub(crate) fn widen_scales(level: Level, bytes: &[u8], dtype: DType, first: usize, to: &mut [f32]) {
+    let range = first..first + to.len();
+    match dtype {
+        DType::F16 => widen(level, &cast::<F16>(bytes)[range], None, to),
+        DType::BF16 => widen(level, &cast::<Bf16>(bytes)[range], None, to),
+        _ => to.copy_from_slice(&cast::<f32>(bytes)[range]),
+    }
+}
+
 /// `to = from · scale` in f32, of equal lengths.
-pub(crate) fn widen<T: Stored>(level: Level, from: &[T], scale: Option<f32>, to: &mut [f32]) {
+fn widen<T: Stored>(level: Level, from: &[T], scale: Option<f32>, to: &mut [f32]) {
     struct Widen<'a, T> {
         from: &'a [T],
         scale: f32,

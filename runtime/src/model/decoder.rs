@@ -93,6 +93,25 @@ impl<D: Device> Projection<D> {
     }
 }
 
+/// Several projections of one x, at once where no adapter is beside any of them.
+fn forward_each<D: Device, const N: usize>(
+    device: &D,
+    x: &D::Buffer,
+    rows: usize,
+    projections: [(&Projection<D>, Activation); N],
+    work: &mut LowRankWork<D>,
+    mut outs: [&mut D::Buffer; N],
+) -> Result<(), DeviceError> {
+    if projections.iter().all(|(projection, _)| projection.low_rank.is_none()) {
+        let layers = projections.map(|(projection, activation)| projection.linear.with(activation));
+        return device.linear_each(x, rows, &layers, &mut outs);
+    }
+    for ((projection, activation), out) in projections.into_iter().zip(outs) {
+        projection.forward(device, x, rows, activation, work, out)?;
+    }
+    Ok(())
+}
+
 /// The decoder's weights, shared by its sessions.
 #[derive(Clone)]
 pub struct Decoder<D: Device> {
@@ -247,16 +266,15 @@ impl<D: Device> Decoder<D> {
         for (index, layer) in layers.iter().enumerate() {
             let Work { x, normed, query, key, value, low_rank, .. } = &mut *work;
             device.rms_norm(x, rows, &layer.attention_norm, eps, normed)?;
-            layer.query.forward(device, normed, rows, identity, low_rank, query)?;
-            layer.key.forward(device, normed, rows, identity, low_rank, key)?;
-            layer.value.forward(device, normed, rows, identity, low_rank, value)?;
+            let each = [(&layer.query, identity), (&layer.key, identity), (&layer.value, identity)];
+            forward_each(device, normed, rows, each, low_rank, [query, key, value])?;
             mix(index, work)?;
             let Work { x, normed, attended, gate, up, low_rank, .. } = &mut *work;
             layer.output.forward(device, attended, rows, identity, low_rank, normed)?;
             device.add(x, normed, rows * width)?;
             device.rms_norm(x, rows, &layer.mlp_norm, eps, normed)?;
-            layer.gate.forward(device, normed, rows, Activation::Silu, low_rank, gate)?;
-            layer.up.forward(device, normed, rows, identity, low_rank, up)?;
+            let each = [(&layer.gate, Activation::Silu), (&layer.up, identity)];
+            forward_each(device, normed, rows, each, low_rank, [gate, up])?;
             device.multiply(gate, up, rows * mlp)?;
             layer.down.forward(device, gate, rows, identity, low_rank, normed)?;
             device.add(x, normed, rows * width)?;

@@ -127,9 +127,8 @@ impl<D: Device> Encoder<D> {
         let Self { shape, layers, normed, query, key, value, attended, inner } = self;
         let layer = &layers[i];
         layer.attention_norm.forward(device, x, rows, normed)?;
-        layer.query.forward(device, normed, rows, Activation::Identity, query)?;
-        layer.key.forward(device, normed, rows, Activation::Identity, key)?;
-        layer.value.forward(device, normed, rows, Activation::Identity, value)?;
+        let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
+        device.linear_each(normed, rows, &each, &mut [query, key, value])?;
         device.attention(query, key, value, attention(shape, batch, length), attended)?;
         layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
         device.add(x, normed, len)?;
@@ -150,9 +149,8 @@ impl<D: Device> Encoder<D> {
         let (rows, len) = (batch * length, batch * length * self.shape.width);
         let Self { shape, layers, normed, query, key, value, attended, inner } = self;
         let layer = &layers[i];
-        layer.query.forward(device, x, rows, Activation::Identity, query)?;
-        layer.key.forward(device, x, rows, Activation::Identity, key)?;
-        layer.value.forward(device, x, rows, Activation::Identity, value)?;
+        let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
+        device.linear_each(x, rows, &each, &mut [query, key, value])?;
         device.attention(query, key, value, attention(shape, batch, length), attended)?;
         layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
         device.add(x, normed, len)?;

@@ -82,6 +82,11 @@ impl<D: Device> Linear<D> {
         device.linear(x, rows, &self.weight, self.bias.as_ref(), activation, out)
     }
 
+    /// What it is for [`Device::linear_each`].
+    pub(super) fn with(&self, activation: Activation) -> (&D::Weight, Option<&D::Weight>, Activation) {
+        (&self.weight, self.bias.as_ref(), activation)
+    }
+
     /// Weight and bias, to be put another in place of.
     pub(super) fn parts(&mut self) -> (&mut D::Weight, Option<&mut D::Weight>) {
         (&mut self.weight, self.bias.as_mut())

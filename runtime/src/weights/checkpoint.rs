@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use candor_kernels::scales::ScaleError;
 use candor_kernels::tensor::{Bytes, TensorError};
-use candor_kernels::{DType, HostTensor};
+use candor_kernels::{DType, HostTensor, Scales};
 use serde::Deserialize;
 
 use super::header::{self, Entry, Pairs};
@@ -25,8 +25,8 @@ struct File {
 struct Located {
     file: usize,
     entry: Entry,
-    /// Row scales of an 8-bit weight, checked.
-    scales: Option<Arc<[f32]>>,
+    /// Scales of a quantised weight, checked.
+    scales: Option<Scales>,
 }
 
 /// Mapped files with checked headers.
@@ -58,7 +58,7 @@ impl Checkpoint {
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
         let single = folder.join(SINGLE);
         if single.exists() {
-            return Self::open_files(folder, vec![single]);
+            return Self::open_files(folder, vec![single])?.join_quantised();
         }
         let index = folder.join(INDEX);
         if !index.exists() {
@@ -69,7 +69,7 @@ impl Checkpoint {
 
     /// Maps one safetensors file.
     pub fn open_file(path: &Path) -> Result<Self, WeightsError> {
-        Self::open_files(path.parent().unwrap_or(Path::new("")), vec![path.to_owned()])
+        Self::open_files(path.parent().unwrap_or(Path::new("")), vec![path.to_owned()])?.join_quantised()
     }
 
     fn open_index(folder: &Path, index: &Path) -> Result<Self, WeightsError> {
@@ -117,7 +117,7 @@ impl Checkpoint {
                 reason: "the index does not name it",
             });
         }
-        Ok(checkpoint)
+        checkpoint.join_quantised()
     }
 
     fn open_files(folder: &Path, paths: Vec<PathBuf>) -> Result<Self, WeightsError> {
@@ -134,13 +134,23 @@ impl Checkpoint {
             }
             files.push(File { path, bytes });
         }
-        let mut checkpoint = Checkpoint { folder: folder.to_owned(), files, tensors };
-        for (name, scales) in quantisation::pair_scales(&checkpoint)? {
-            if let Some(weight) = checkpoint.tensors.get_mut(&name) {
+        Ok(Checkpoint { folder: folder.to_owned(), files, tensors })
+    }
+
+    /// Puts the tensors that a quantised weight is stored as together.
+    fn join_quantised(mut self) -> Result<Self, WeightsError> {
+        for quantisation::Packed { entry, parts: [codes, shape] } in quantisation::packed(&self)? {
+            self.tensors.remove(&shape);
+            if let Some(Located { file, .. }) = self.tensors.remove(&codes) {
+                self.tensors.insert(entry.name.clone(), Located { file, entry, scales: None });
+            }
+        }
+        for (name, scales) in quantisation::pair_scales(&self)? {
+            if let Some(weight) = self.tensors.get_mut(&name) {
                 weight.scales = Some(scales);
             }
         }
-        Ok(checkpoint)
+        Ok(self)
     }
 
     /// The folder of the files.
@@ -195,6 +205,7 @@ impl Checkpoint {
             "F16" => DType::F16,
             "BF16" => DType::BF16,
             "I8" => DType::I8,
+            quantisation::FOUR_BITS => DType::I4,
             other => {
                 return Err(WeightsError::WrongType {
                     file: path.clone(),
@@ -211,6 +222,26 @@ impl Checkpoint {
                 source => WeightsError::View { file: path.clone(), tensor: name.to_owned(), source },
             },
         )
+    }
+
+    /// Where a tensor lies.
+    pub(super) fn entry(&self, name: &str) -> Result<&Entry, WeightsError> {
+        Ok(&self.located(name)?.entry)
+    }
+
+    /// A tensor as the scales of groups, a view of the mapping.
+    pub(super) fn scales(
+        &self,
+        name: &str,
+        dtype: DType,
+        group: usize,
+        rows: usize,
+        per_row: usize,
+    ) -> Result<Scales, ScaleError> {
+        let Some(Located { file, entry, .. }) = self.tensors.get(name) else {
+            return Err(ScaleError::Bytes(dtype));
+        };
+        Scales::groups(self.files[*file].bytes.clone(), entry.start, dtype, group, rows, per_row)
     }
 
     fn located(&self, name: &str) -> Result<&Located, WeightsError> {

@@ -209,7 +209,7 @@ pub enum WeightsError {
         actual: Vec<usize>,
     },
     /// A tensor's element type cannot be computed with.
-    #[error("{}: {tensor} is stored as {dtype}; weights must be F32, F16, BF16, or I8 with a scale a row", .file.display())]
+    #[error("{}: {tensor} is stored as {dtype}; weights must be F32, F16, BF16, or I8 or packed I32 with scales", .file.display())]
     WrongType {
         /// The file.
         file: PathBuf,
@@ -218,24 +218,27 @@ pub enum WeightsError {
         /// The element type.
         dtype: String,
     },
-    /// An 8-bit weight without its scales.
-    #[error("{}: {tensor} is stored as I8, but {tensor}_scale is missing", .file.display())]
+    /// A quantised weight without its scales.
+    #[error("{}: {tensor} is stored as integers, but {tensor}_scale is missing", .file.display())]
     ScaleMissing {
         /// The file.
         file: PathBuf,
         /// The tensor.
         tensor: String,
     },
-    /// A scale beside a weight that is not 8-bit, or beside no weight.
-    #[error("{}: {tensor} belongs to no I8 weight", .file.display())]
+    /// A scale beside a weight that is not quantised, or beside no weight.
+    #[error("{}: {tensor} belongs to no quantised weight", .file.display())]
     ScaleUnused {
         /// The file.
         file: PathBuf,
         /// The scale's name.
         tensor: String,
     },
-    /// Scales are not one floating-point number a row.
-    #[error("{}: {tensor} is {dtype}{actual:?}; one F32, F16 or BF16 number a row is needed: [{rows}, 1]", .file.display())]
+    /// Scales are neither one floating-point number a row nor one a group.
+    #[error(
+        "{}: {tensor} is {dtype}{actual:?}; F32, F16 or BF16 numbers are needed, one a row ([{rows}, 1]) or one for each 32, 64 or 128 of a row's {columns}",
+        .file.display()
+    )]
     ScaleShape {
         /// The file.
         file: PathBuf,
@@ -247,6 +250,18 @@ pub enum WeightsError {
         actual: Vec<usize>,
         /// Rows of the weight.
         rows: usize,
+        /// Elements a row of the weight has.
+        columns: usize,
+    },
+    /// A packed weight that is not what its shape says.
+    #[error("{}: {tensor}: {reason}", .file.display())]
+    Packed {
+        /// The file.
+        file: PathBuf,
+        /// The packed tensor.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
     },
     /// A scale that is not a number, infinite, zero or negative.
     #[error("{}: {tensor}: row {row} has the scale {value}; scales are finite and above zero, the file is damaged", .file.display())]
@@ -261,7 +276,7 @@ pub enum WeightsError {
         value: f32,
     },
     /// The weights are quantised in a way this program does not read.
-    #[error("{}: quantization_config: {reason}; only compressed-tensors' int-quantized with 8 bits and one scale a row is read", .file.display())]
+    #[error("{}: quantization_config: {reason}; compressed-tensors' int-quantized with 8 bits and pack-quantized with 4 are read, symmetric, with a scale a row (channel) or a group of 32, 64 or 128", .file.display())]
     Quantisation {
         /// config.json.
         file: PathBuf,

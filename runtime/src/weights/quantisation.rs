@@ -1,70 +1,170 @@
-//! 8-bit weights: compressed-tensors' `int-quantized`, one scale a row (`X.weight` I8, `X.weight_scale`).
+//! Quantised weights as compressed-tensors lays them down: `int-quantized` (`X.weight` I8) and `pack-quantized` with four
+//! bits (`X.weight_packed` I32, `X.weight_shape`), both with `X.weight_scale`, one a row or one a group of a row.
 
 use std::path::Path;
-use std::sync::Arc;
 
+use candor_kernels::scales::GROUPS;
+use candor_kernels::{DType, Scales};
 use half::{bf16, f16};
 use serde_json::Value;
 
+use super::header::Entry;
 use super::{Checkpoint, Raw, WeightsError};
 
 const SCALE: &str = "_scale";
+const PACKED: &str = "_packed";
+const SHAPE: &str = "_shape";
+/// The type under which packed 4-bit weights are known.
+pub(super) const FOUR_BITS: &str = "I4";
 
-/// A weight's name and its row scales.
-type RowScales = (String, Arc<[f32]>);
+/// A packed weight: what it is called, where it lies, and the names of the two tensors it is made of.
+pub(super) struct Packed {
+    pub(super) entry: Entry,
+    pub(super) parts: [String; 2],
+}
 
-/// Every 8-bit weight's name with its row scales, checked.
-pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<RowScales>, WeightsError> {
+/// Every packed weight, as an entry of type [`FOUR_BITS`] and of the weight's own shape.
+pub(super) fn packed(checkpoint: &Checkpoint) -> Result<Vec<Packed>, WeightsError> {
+    let names = checkpoint.names().filter(|name| name.ends_with(PACKED));
+    names.map(|name| packed_weight(checkpoint, name)).collect()
+}
+
+fn packed_weight(checkpoint: &Checkpoint, packed: &str) -> Result<Packed, WeightsError> {
+    let refuse = |reason: String| {
+        let file = checkpoint.file_of(packed).to_owned();
+        Err(WeightsError::Packed { file, tensor: packed.to_owned(), reason })
+    };
+    let name = packed.trim_end_matches(PACKED).to_owned();
+    let shape_name = format!("{name}{SHAPE}");
+    if checkpoint.contains(&name) {
+        return refuse(format!("{name} is there too"));
+    }
+    if !checkpoint.contains(&shape_name) {
+        return refuse(format!("{shape_name} is missing"));
+    }
+    let stored = checkpoint.entry(packed)?;
+    let Some(shape) = integers(checkpoint.raw(&shape_name)?) else {
+        return refuse(format!("{shape_name} is not two I64 or I32 numbers"));
+    };
+    let [rows, columns] = shape;
+    let words = columns.div_ceil(8);
+    if stored.dtype != "I32" || stored.shape != [rows, words] {
+        return refuse(format!(
+            "it is {}{:?}; four-bit weights of shape {shape:?} are I32[{rows}, {words}] (eight bits are read as int-quantized only)",
+            stored.dtype, stored.shape
+        ));
+    }
+    let entry = Entry { name, dtype: FOUR_BITS.to_owned(), shape: shape.to_vec(), ..stored.clone() };
+    Ok(Packed { entry, parts: [packed.to_owned(), shape_name] })
+}
+
+/// The two numbers of a shape.
+fn integers(raw: Raw<'_>) -> Option<[usize; 2]> {
+    let numbers: Vec<i64> = match raw.dtype {
+        "I64" => raw.bytes.as_chunks::<8>().0.iter().map(|&b| i64::from_le_bytes(b)).collect(),
+        "I32" => raw.bytes.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect(),
+        _ => return None,
+    };
+    let [rows, columns] = numbers[..] else { return None };
+    Some([usize::try_from(rows).ok()?, usize::try_from(columns).ok()?])
+}
+
+fn is_quantised(checkpoint: &Checkpoint, weight: &str) -> bool {
+    checkpoint.raw(weight).is_ok_and(|raw| raw.dtype == "I8" || raw.dtype == FOUR_BITS)
+}
+
+/// Every quantised weight's name with its scales, checked.
+pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<(String, Scales)>, WeightsError> {
     let mut pairs = Vec::new();
     for name in checkpoint.names() {
-        let raw = checkpoint.raw(name)?;
         let file = || checkpoint.file_of(name).to_owned();
-        if raw.dtype == "I8" {
+        if is_quantised(checkpoint, name) {
             let scale = format!("{name}{SCALE}");
             if !checkpoint.contains(&scale) {
                 return Err(WeightsError::ScaleMissing { file: file(), tensor: name.to_owned() });
             }
-            let rows = raw.shape.first().copied().unwrap_or(1);
-            let scales = read_scales(checkpoint.file_of(&scale), &scale, checkpoint.raw(&scale)?, rows)?;
-            pairs.push((name.to_owned(), scales));
-        } else if let Some(weight) = name.strip_suffix(SCALE) {
-            let of_int8 = checkpoint.contains(weight) && checkpoint.raw(weight)?.dtype == "I8";
-            if weight.ends_with(".weight") && !of_int8 {
-                return Err(WeightsError::ScaleUnused { file: file(), tensor: name.to_owned() });
-            }
+            let shape = checkpoint.raw(name)?.shape;
+            let rows = shape.first().copied().unwrap_or(1);
+            let columns = shape.get(1..).map_or(1, |rest| rest.iter().product());
+            pairs.push((name.to_owned(), read_scales(checkpoint, &scale, rows, columns)?));
+        } else if let Some(weight) = name.strip_suffix(SCALE)
+            && weight.ends_with(".weight")
+            && !is_quantised(checkpoint, weight)
+        {
+            return Err(WeightsError::ScaleUnused { file: file(), tensor: name.to_owned() });
         }
     }
     Ok(pairs)
 }
 
-/// Whether a tensor is the scale of an 8-bit weight, which is read with its weight.
+/// Whether a tensor is the scale of a quantised weight, which is read with its weight.
 pub(super) fn is_scale(checkpoint: &Checkpoint, name: &str) -> bool {
     let weight = name.strip_suffix(SCALE).filter(|w| checkpoint.contains(w));
-    weight.is_some_and(|w| checkpoint.raw(w).is_ok_and(|raw| raw.dtype == "I8"))
+    weight.is_some_and(|w| is_quantised(checkpoint, w))
 }
 
-fn read_scales(file: &Path, tensor: &str, raw: Raw<'_>, rows: usize) -> Result<Arc<[f32]>, WeightsError> {
-    let two = |c: &[u8]| [c[0], c[1]];
-    let values: Option<Vec<f32>> = match raw.dtype {
-        "F32" => Some(raw.bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()),
-        "F16" => Some(raw.bytes.chunks_exact(2).map(|c| f16::from_le_bytes(two(c)).to_f32()).collect()),
-        "BF16" => Some(raw.bytes.chunks_exact(2).map(|c| bf16::from_le_bytes(two(c)).to_f32()).collect()),
-        _ => None,
-    };
-    let one_a_row = raw.shape == [rows, 1] || raw.shape == [rows];
-    let Some(values) = values.filter(|_| one_a_row) else {
-        return Err(WeightsError::ScaleShape {
-            file: file.to_owned(),
+/// The scales of a weight `[rows, columns]`: one a row, which are copied as f32, or one for each group of a size that the
+/// number of scales tells, which stay where they are.
+fn read_scales(checkpoint: &Checkpoint, tensor: &str, rows: usize, columns: usize) -> Result<Scales, WeightsError> {
+    let file = || checkpoint.file_of(tensor).to_owned();
+    let raw = checkpoint.raw(tensor)?;
+    let refuse = || {
+        Err(WeightsError::ScaleShape {
+            file: file(),
             tensor: tensor.to_owned(),
             dtype: raw.dtype.to_owned(),
             actual: raw.shape.to_vec(),
             rows,
-        });
+            columns,
+        })
     };
-    if let Some((row, &value)) = values.iter().enumerate().find(|(_, v)| !(v.is_finite() && **v > 0.0)) {
-        return Err(WeightsError::ScaleValue { file: file.to_owned(), tensor: tensor.to_owned(), row, value });
+    let dtype = match raw.dtype {
+        "F32" => DType::F32,
+        "F16" => DType::F16,
+        "BF16" => DType::BF16,
+        _ => return refuse(),
+    };
+    let per_row = match *raw.shape {
+        [stored] if stored == rows => 1,
+        [stored, per_row] if stored == rows => per_row,
+        _ => return refuse(),
+    };
+    let group = GROUPS.into_iter().find(|&group| columns.div_ceil(group) == per_row);
+    let scales = match group {
+        // A weight of one group a row is one with a scale a row.
+        _ if per_row == 1 => {
+            let values: Vec<f32> = numbers(raw.bytes, dtype).collect();
+            Scales::rows(values)
+        }
+        Some(group) => match checkpoint.scales(tensor, dtype, group, rows, per_row) {
+            Ok(scales) => scales,
+            Err(_) => {
+                return Err(WeightsError::Misaligned {
+                    file: file(),
+                    tensor: tensor.to_owned(),
+                    dtype: dtype.to_string(),
+                });
+            }
+        },
+        None => return refuse(),
+    };
+    // A group of tiny weights may have a scale that f16 rounds to zero.
+    let sound = |value: f32| value.is_finite() && (value > 0.0 || value == 0.0 && per_row > 1);
+    if let Some((at, value)) = numbers(raw.bytes, dtype).enumerate().find(|&(_, value)| !sound(value)) {
+        let row = at / per_row;
+        return Err(WeightsError::ScaleValue { file: file(), tensor: tensor.to_owned(), row, value });
     }
-    Ok(values.into())
+    Ok(scales)
+}
+
+/// Stored numbers as f32.
+fn numbers(bytes: &[u8], dtype: DType) -> Box<dyn Iterator<Item = f32> + '_> {
+    let twos = bytes.as_chunks::<2>().0.iter();
+    match dtype {
+        DType::F16 => Box::new(twos.map(|&b| f16::from_le_bytes(b).to_f32())),
+        DType::BF16 => Box::new(twos.map(|&b| bf16::from_le_bytes(b).to_f32())),
+        _ => Box::new(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b))),
+    }
 }
 
 /// Checks that config.json's `quantization_config`, where there is one, is a scheme that is read here.
@@ -74,26 +174,36 @@ pub fn check_quantisation(file: &Path, config: &Value) -> Result<(), WeightsErro
         return Ok(());
     }
     let refuse = |reason: String| Err(WeightsError::Quantisation { file: file.to_owned(), reason });
-    for (key, wanted) in [("quant_method", "compressed-tensors"), ("format", "int-quantized")] {
-        if quantisation[key] != wanted {
-            return refuse(format!("{key} is {}", quantisation[key]));
-        }
+    if quantisation["quant_method"] != "compressed-tensors" {
+        return refuse(format!("quant_method is {}", quantisation["quant_method"]));
     }
     let Some(groups) = quantisation["config_groups"].as_object() else {
         return refuse("config_groups is no object".into());
     };
     for (name, group) in groups {
         let weights = &group["weights"];
-        let wanted = [
-            ("num_bits", Value::from(8)),
-            ("type", "int".into()),
-            ("symmetric", true.into()),
-            ("strategy", "channel".into()),
-        ];
-        for (key, value) in wanted {
+        let format = match &group["format"] {
+            Value::Null => &quantisation["format"],
+            own => own,
+        };
+        let bits = match format.as_str() {
+            Some("int-quantized") => 8,
+            Some("pack-quantized") => 4,
+            _ => return refuse(format!("the format of config_groups.{name} is {format}")),
+        };
+        for (key, value) in [("num_bits", Value::from(bits)), ("type", "int".into()), ("symmetric", true.into())] {
             if weights[key] != value {
-                return refuse(format!("config_groups.{name}.weights.{key} is {}", weights[key]));
+                return refuse(format!("config_groups.{name}.weights.{key} is {}, in {format}", weights[key]));
             }
+        }
+        match (weights["strategy"].as_str(), weights["group_size"].as_u64()) {
+            (Some("channel"), _) => {}
+            (Some("group"), Some(size)) if GROUPS.iter().any(|&group| group as u64 == size) => {}
+            (Some("group"), size) => {
+                let size = size.map_or("missing".to_owned(), |size| size.to_string());
+                return refuse(format!("config_groups.{name}.weights.group_size is {size}"));
+            }
+            _ => return refuse(format!("config_groups.{name}.weights.strategy is {}", weights["strategy"])),
         }
         if !group["input_activations"].is_null() {
             return refuse(format!("config_groups.{name}.input_activations are quantised"));

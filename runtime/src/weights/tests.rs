@@ -272,9 +272,12 @@ fn quantisation_schemes() {
     };
     check("{}").unwrap();
     check(&scheme("int-quantized", 8, "channel")).unwrap();
+    check(&scheme("pack-quantized", 4, "channel")).unwrap();
     refused!(check(&scheme("pack-quantized", 8, "channel")), WeightsError::Quantisation { .. }, "pack-quantized");
+    refused!(check(&scheme("float-quantized", 8, "channel")), WeightsError::Quantisation { .. }, "float-quantized");
     refused!(check(&scheme("int-quantized", 4, "channel")), WeightsError::Quantisation { .. }, "num_bits is 4");
-    refused!(check(&scheme("int-quantized", 8, "group")), WeightsError::Quantisation { .. }, "strategy");
+    refused!(check(&scheme("int-quantized", 8, "tensor")), WeightsError::Quantisation { .. }, "strategy");
+    refused!(check(&scheme("int-quantized", 8, "group")), WeightsError::Quantisation { .. }, "group_size is missing");
     refused!(check(r#"{"quantization_config":{"quant_method":"gptq"}}"#), WeightsError::Quantisation { .. }, "gptq");
     refused!(check(r#"{"quantization_config":7}"#), WeightsError::Quantisation { .. }, "quant_method");
 }

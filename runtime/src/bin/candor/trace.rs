@@ -44,7 +44,7 @@ pub(crate) struct Trace {
 }
 
 pub(crate) fn run(args: &Trace) -> anyhow::Result<()> {
-    let device = CpuDevice::new(args.threads);
+    let device = CpuDevice::new(args.threads).exact();
     let inputs = Checkpoint::open_file(&args.inputs)?;
     let mut outputs = Vec::new();
     if let Some(folder) = &args.model {

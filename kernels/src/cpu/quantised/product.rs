@@ -1,0 +1,230 @@
+//! Many rows: a blocked product. A task packs the codes of a few outputs into panels that lie in memory in the order the
+//! innermost loop reads them, and goes over its rows with them.
+#![allow(clippy::needless_range_loop)] // several register tiles run by one index
+
+use super::activations::{PARTS, Quantised};
+use super::{BLOCK, Bits, Layer, layer_of};
+use crate::cpu::pool::ThreadPool;
+use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
+use crate::cpu::simd::{Level, Simd};
+use std::cell::Cell;
+
+/// Four bytes of each output of a panel that are multiplied at once.
+const UNITS: usize = BLOCK / 4;
+/// Fewer rows than this are not split among tasks, as each of them packs its panels anew.
+const TASK_ROWS: usize = 128;
+/// Tasks a thread.
+const TASKS: usize = 8;
+/// Outputs of the widest panel.
+const MAX_COLUMNS: usize = 48;
+
+thread_local! {
+    /// Codes of a panel.
+    static PANEL: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// Scales of a panel's outputs, and those of one of them.
+    static SCALES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+pub(super) fn product(level: Level, pool: &ThreadPool, x: &Quantised, layers: &[Layer<'_>]) {
+    let columns = level.run_integer(PanelColumns);
+    let panels = |layer: &Layer<'_>| layer.codes.outputs.div_ceil(columns);
+    let threads = pool.threads();
+    // Enough tasks that no thread waits long for the last one.
+    let wanted = if threads == 1 { 1 } else { TASKS * threads };
+    let row_tasks = wanted.div_ceil(layers.iter().map(panels).sum()).clamp(1, (x.rows / TASK_ROWS).max(1));
+    let rows_a_task = x.rows.div_ceil(row_tasks).next_multiple_of(8);
+    let row_tasks = x.rows.div_ceil(rows_a_task);
+    let tasks = |layer: &Layer<'_>| panels(layer) * row_tasks;
+    pool.run(layers.iter().map(tasks).sum(), |task| {
+        let Some((layer, task)) = layer_of(layers, task, tasks) else { return };
+        let first = task / row_tasks * columns;
+        let first_row = task % row_tasks * rows_a_task;
+        let rows = first_row..x.rows.min(first_row + rows_a_task);
+        let count = columns.min(layer.codes.outputs - first);
+        level.run_integer(Task { level, x, layer, rows: rows.clone(), first, count });
+        layer.finish(level, rows, first, count);
+    });
+}
+
+/// Outputs of a panel.
+struct PanelColumns;
+
+impl IntegerOperation for PanelColumns {
+    type Output = usize;
+    #[inline(always)]
+    fn run<I: Integer>(self, _: I) -> usize {
+        if lanes::<I>() == 16 { 3 * 16 } else { 2 * lanes::<I>() }
+    }
+}
+
+/// Outputs `first .. first + count` of some rows.
+struct Task<'a> {
+    level: Level,
+    x: &'a Quantised,
+    layer: &'a Layer<'a>,
+    rows: std::ops::Range<usize>,
+    first: usize,
+    count: usize,
+}
+
+impl IntegerOperation for Task<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Integer>(self, set: I) {
+        // As many sums as there are registers for.
+        if lanes::<I>() == 16 {
+            self.tiles::<I, 8, 3>(set);
+        } else {
+            self.tiles::<I, 4, 2>(set);
+        }
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn tiles<I: Integer, const R: usize, const V: usize>(&self, set: I) {
+        let columns = V * lanes::<I>();
+        let blocks = self.layer.codes.blocks();
+        let mut panel = PANEL.take();
+        let len = blocks * UNITS * columns * 4;
+        if panel.len() < len {
+            panel.resize(len, 0);
+        }
+        self.pack::<I>(columns, &mut panel[..len]);
+        let a_block = self.layer.codes.scales_a_block();
+        let mut scales = SCALES.take();
+        scales.resize(blocks * a_block * (columns + 1), 0.0);
+        let (of_columns, one) = scales.split_at_mut(blocks * a_block * columns);
+        self.pack_scales(columns, of_columns, one);
+        let of_columns = &*of_columns;
+        match (self.layer.codes.bits, a_block) {
+            (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, 1>(set, &panel, of_columns),
+            (Bits::Four, 2) => self.rows::<I, R, V, 4, 2>(set, &panel, of_columns),
+            (Bits::Four, _) => self.rows::<I, R, V, 4, 4>(set, &panel, of_columns),
+            (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, 1>(set, &panel, of_columns),
+            (Bits::Eight, 2) => self.rows::<I, R, V, 8, 2>(set, &panel, of_columns),
+            (Bits::Eight, _) => self.rows::<I, R, V, 8, 4>(set, &panel, of_columns),
+        }
+        SCALES.set(scales);
+        PANEL.set(panel);
+    }
+
+    /// Codes `[blocks, UNITS, columns, 4]`; of outputs that are missing, and behind the end of a row, anything.
+    #[inline(always)]
+    fn pack<I: Integer>(&self, columns: usize, panel: &mut [u8]) {
+        let flip = if I::OFFSET8 == 0 { 0 } else { 0x8080_8080 };
+        for column in 0..self.count {
+            let row = self.layer.codes.row(self.first + column);
+            let (words, rest) = row.as_chunks::<4>();
+            let mut last = [0; 4];
+            last[..rest.len()].copy_from_slice(rest);
+            let words = words.iter().chain((!rest.is_empty()).then_some(&last));
+            match self.layer.codes.bits {
+                Bits::Four => {
+                    let units = panel.chunks_exact_mut(2 * columns * 4);
+                    for (units, word) in units.zip(words) {
+                        let word = u32::from_le_bytes(*word);
+                        let (low, high) = units.split_at_mut(columns * 4);
+                        low[column * 4..][..4].copy_from_slice(&(word & 0x0f0f_0f0f).to_le_bytes());
+                        high[column * 4..][..4].copy_from_slice(&(word >> 4 & 0x0f0f_0f0f).to_le_bytes());
+                    }
+                }
+                Bits::Eight => {
+                    for (unit, word) in panel.chunks_exact_mut(columns * 4).zip(words) {
+                        let word = u32::from_le_bytes(*word) ^ flip;
+                        unit[column * 4..][..4].copy_from_slice(&word.to_le_bytes());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Scales `[blocks · a block, columns]`.
+    fn pack_scales(&self, columns: usize, scales: &mut [f32], one: &mut [f32]) {
+        if scales.is_empty() {
+            return;
+        }
+        for column in 0..self.count {
+            self.layer.codes.scales_of(self.level, self.first + column, one);
+            for (to, &scale) in scales.chunks_exact_mut(columns).zip(&*one) {
+                to[column] = scale;
+            }
+        }
+    }
+
+    /// All rows; `S` sums of a block are scaled each on its own.
+    #[inline(always)]
+    fn rows<I: Integer, const R: usize, const V: usize, const BITS: usize, const S: usize>(
+        &self,
+        set: I,
+        panel: &[u8],
+        scales: &[f32],
+    ) {
+        let simd = set.float();
+        let columns = V * lanes::<I>();
+        let offset = if BITS == 4 { OFFSET4 } else { I::OFFSET8 };
+        let (units, parts) = (UNITS / S, PARTS / S);
+        let segment = units * columns * 4;
+        let mut tile = [[0.0f32; MAX_COLUMNS]; R];
+        for first in self.rows.clone().step_by(R) {
+            let height = R.min(self.rows.end - first);
+            // The last row again in the place of rows that are missing.
+            let row = |r: usize| first + r.min(height - 1);
+            let codes: [&[i8]; R] = std::array::from_fn(|r| self.x.codes_of(row(r)));
+            let factors: [&[f32]; R] = std::array::from_fn(|r| self.x.scales_of(row(r)));
+            let sums: [&[i32]; R] = std::array::from_fn(|r| self.x.sums_of(row(r)));
+            for tile in &mut tile {
+                tile.fill(0.0);
+            }
+            for (s, panel) in panel.chunks_exact(segment).take(self.x.blocks * S).enumerate() {
+                let mut products = [[set.splat_sum(0); V]; R];
+                if offset != 0 {
+                    for r in 0..R {
+                        let sum: i32 = sums[r][s * parts..][..parts].iter().sum();
+                        products[r] = [set.splat_sum(-offset * sum); V];
+                    }
+                }
+                let x: [&[[i8; 4]]; R] = std::array::from_fn(|r| &codes[r].as_chunks::<4>().0[s * units..][..units]);
+                for (u, panel) in panel.chunks_exact(columns * 4).enumerate() {
+                    let mut weights = [set.splat_bytes(&[0; 4]); V];
+                    for v in 0..V {
+                        weights[v] = set.bytes(&panel[v * lanes::<I>() * 4..]);
+                    }
+                    for r in 0..R {
+                        let x = set.splat_bytes(&x[r][u]);
+                        for v in 0..V {
+                            products[r][v] = if BITS == 4 {
+                                set.dot4(products[r][v], weights[v], x)
+                            } else {
+                                set.dot8(products[r][v], weights[v], x)
+                            };
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let factor = simd.splat(factors[r][s / S]);
+                    for v in 0..V {
+                        let scale = match scales.is_empty() {
+                            true => factor,
+                            false => simd.mul(simd.load(&scales[s * columns + v * lanes::<I>()..]), factor),
+                        };
+                        let to = &mut tile[r][v * lanes::<I>()..];
+                        simd.store(simd.mul_add(set.to_float(products[r][v]), scale, simd.load(to)), to);
+                    }
+                }
+            }
+            for (r, tile) in tile.iter().enumerate().take(height) {
+                // SAFETY: each task has outputs of its own.
+                let out =
+                    unsafe { self.layer.out.range((first + r) * self.layer.codes.outputs + self.first, self.count) };
+                match self.layer.codes.scales.of_rows() {
+                    Some(scales) => {
+                        let scales = &scales[self.first..];
+                        out.iter_mut().zip(tile).zip(scales).for_each(|((out, sum), scale)| *out = sum * scale);
+                    }
+                    None => out.copy_from_slice(&tile[..self.count]),
+                }
+            }
+        }
+    }
+}
