@@ -6,6 +6,7 @@
 //! blocked product whose panels of codes are packed while they are used.
 
 mod activations;
+pub(crate) mod attention;
 mod dots;
 #[cfg(test)]
 mod plain;
