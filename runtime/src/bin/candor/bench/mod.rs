@@ -206,8 +206,7 @@ impl Stage {
                 let positions = arguments.positions.map_or(window_prompt, |positions| positions as usize);
                 let mut decoding = Decoding::new(model, positions, tokens)?;
                 let times = Times::of_prepared(repeat, &mut decoding, Decoding::rewind, Decoding::write)?;
-                let work =
-                    work::decode(&config.decoder, positions, tokens, decoding.cache_bytes(&config.decoder), bytes);
+                let work = work::decode(&config.decoder, positions, tokens, decoding.cache_bytes(), bytes);
                 let figures = Figures { positions: Some(positions), ..Figures::of(tokens, "tokens") };
                 measured.push(times.measured("decode", figures, work));
             }

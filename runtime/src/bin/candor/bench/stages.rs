@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use candor::model::config::{AudioConfig, ClassifierConfig, DecoderConfig, ModelConfig};
+use candor::model::config::{AudioConfig, ClassifierConfig, ModelConfig};
 use candor::model::{Classifier, LanguageModel, Model, Piece, Rows, Session};
 use candor_kernels::Device;
 use candor_kernels::cpu::CpuDevice;
@@ -172,10 +172,9 @@ impl<D: Device> Decoding<D> {
     }
 
     /// Bytes of keys and values that the tokens of a run read in all, each its own among them.
-    pub(super) fn cache_bytes(&self, config: &DecoderConfig) -> f64 {
-        let a_position = 2 * config.layers * config.key_heads * config.head_dim * size_of::<f32>();
+    pub(super) fn cache_bytes(&self) -> f64 {
         let written = self.written.len() as f64;
-        written * (self.positions as f64 + (written + 1.0) / 2.0) * a_position as f64
+        written * (self.positions as f64 + (written + 1.0) / 2.0) * self.session.position_bytes() as f64
     }
 }
 
