@@ -34,7 +34,7 @@ fn main() {
         let tensor = if dtype == DType::F32 {
             HostTensor::from_f32(&vec![0.5; n * k], &[n, k]).unwrap()
         } else {
-            let data: Vec<u8> = (0..bytes).map(|i| (i * 7919 >> 3) as u8).collect();
+            let data: Vec<u8> = (0..bytes).map(|i| ((i * 7919) >> 3) as u8).collect();
             let scales = match group {
                 None => Scales::rows(vec![0.01; n]),
                 Some(g) => {

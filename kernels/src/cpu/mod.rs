@@ -2,6 +2,7 @@
 //!
 //! This file checks sizes and hands each operation to the file of its family.
 
+mod arithmetic;
 mod attention;
 mod bandwidth;
 mod cache;
@@ -17,6 +18,7 @@ mod quantised;
 mod simd;
 mod stored;
 
+pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
 pub use cache::CpuCache;
 
