@@ -9,6 +9,7 @@ use super::{Portable, Simd};
 pub(crate) const OFFSET4: i32 = 8;
 
 /// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
+#[cfg(target_arch = "x86_64")]
 pub(crate) const AHEAD: usize = 8192;
 
 /// Work that can be compiled for every instruction set that multiplies bytes.
@@ -31,7 +32,7 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// Runs code with the instruction set switched on.
     fn enter<O: IntegerOperation>(self, operation: O) -> O::Output;
     fn float(self) -> Self::Float;
-    /// Has the memory fetch what lies [`AHEAD`] bytes behind the start of `from`, if there is anything.
+    /// Has the memory fetch what soon follows the start of `from`, where that was found to help.
     #[inline(always)]
     fn fetch_ahead(self, from: &[u8]) {
         let _ = from;
