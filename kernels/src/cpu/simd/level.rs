@@ -4,7 +4,7 @@ use super::integer::{Integer, IntegerOperation};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
 #[cfg(target_arch = "aarch64")]
-use super::neon_integer::NeonDot;
+use super::neon_integer::{NeonDot, NeonI8mm};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
@@ -74,6 +74,7 @@ levels! {
     #[cfg(target_arch = "x86_64")] Avx512Vnni(Avx512Vnni), "avx512vnni", set => set.base(), set;
     #[cfg(target_arch = "aarch64")] Neon(Neon), "neon", set => set, set;
     #[cfg(target_arch = "aarch64")] NeonDot(NeonDot), "dotprod", set => set.base(), set;
+    #[cfg(target_arch = "aarch64")] NeonI8mm(NeonI8mm), "i8mm", set => set.base().base(), set;
 }
 
 impl Level {
@@ -132,6 +133,7 @@ impl Level {
             Level::Portable(_) => None,
             Level::Neon(simd) => Some(simd),
             Level::NeonDot(set) => Some(set.base()),
+            Level::NeonI8mm(set) => Some(set.base().base()),
         }
     }
 }
