@@ -5,6 +5,10 @@
 
 pub(crate) mod integer;
 mod level;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_integer;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -54,6 +58,21 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, vector: Self::Vector, to: &mut [f32]);
     /// a · b + c
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `sums[r][v] += a[r] · b[v]`
+    #[inline(always)]
+    fn add_products<const R: usize, const V: usize>(
+        self,
+        sums: &mut [[Self::Vector; V]; R],
+        a: &[f32; R],
+        b: [Self::Vector; V],
+    ) {
+        for r in 0..R {
+            let a = self.splat(a[r]);
+            for v in 0..V {
+                sums[r][v] = self.mul_add(a, b[v], sums[r][v]);
+            }
+        }
+    }
     /// IEEE half precision, as f32.
     fn load_f16(self, from: &[u16]) -> Self::Vector;
     /// Upper halves of singles, as f32.
