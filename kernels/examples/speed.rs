@@ -11,6 +11,10 @@ fn main() {
     println!("roof {:.1} GB/s", candor_kernels::cpu::measure_read_bandwidth(device.pool(), 256 << 20));
     for (dtype, group, rows, n, k) in [
         (DType::I4, Some(32), 1, 151_936, 896),
+        (DType::I4, Some(32), 1, 1000, 896),
+        (DType::I4, Some(128), 1, 1000, 896),
+        (DType::I8, None, 1, 1000, 896),
+        (DType::I4, Some(32), 1, 400, 4864),
         (DType::I4, Some(128), 1, 151_936, 896),
         (DType::I4, None, 1, 151_936, 896),
         (DType::I8, None, 1, 151_936, 896),

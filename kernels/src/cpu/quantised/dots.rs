@@ -171,6 +171,9 @@ impl Dots<'_> {
         for o in 0..O {
             weights[o] = codes.row(self.first + from + o);
             of_rows[o] = &scales[o * per_row..][..per_row];
+            for at in (0..per_row).step_by(32) {
+                fetch_ahead(&of_rows[o][at..]);
+            }
         }
         // The last block, filled up.
         let whole = codes.row_bytes / bytes_a_block;
