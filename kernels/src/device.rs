@@ -96,6 +96,18 @@ pub enum CacheType {
     I8,
 }
 
+impl CacheType {
+    /// Bytes that a key and a value of one position take in a layer.
+    pub fn position_bytes(self, key_heads: usize, head_dim: usize) -> usize {
+        let head = match self {
+            CacheType::F32 => size_of::<f32>() * head_dim,
+            CacheType::F16 => size_of::<u16>() * head_dim,
+            CacheType::I8 => head_dim + size_of::<f32>(),
+        };
+        2 * key_heads * head
+    }
+}
+
 /// How [`Device::unfold`] walks over a channels-last volume. Axes are (time, row, column).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unfold {

@@ -5,7 +5,8 @@ use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::{SharedSlice, ThreadPool};
 use crate::cpu::quantised::attention::{HeadRows, HeadValues, KEYS, panel_bytes, put_key, round_to_bytes};
 use crate::cpu::simd::Level;
-use crate::device::{AttentionShape, CacheType, Result};
+use crate::cpu::zeros;
+use crate::device::{AttentionShape, CacheType, DeviceError, Result};
 use half::f16;
 use std::cell::Cell;
 
@@ -47,22 +48,26 @@ thread_local! {
 }
 
 impl CpuCache {
-    pub(crate) fn new(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Self {
+    pub(crate) fn new(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<Self> {
         // Whole panels, so that one may be read to its end.
-        let capacity = capacity.next_multiple_of(KEYS);
-        let elements = key_heads * capacity * head_dim;
+        let room = capacity.checked_next_multiple_of(KEYS).and_then(|capacity| {
+            let bytes = capacity.checked_mul(key_heads)?.checked_mul(head_dim.next_multiple_of(4))?.checked_mul(8)?;
+            Some((capacity, bytes))
+        });
+        let Some((capacity, _)) = room else { return Err(DeviceError::OutOfMemory { bytes: usize::MAX }) };
+        let (elements, scales) = (key_heads * capacity * head_dim, key_heads * capacity);
         let kind = match kind {
-            CacheType::F32 => Kind::F32 { keys: vec![0.0; elements], values: vec![0.0; elements] },
-            CacheType::F16 => Kind::F16 { keys: vec![0; elements], values: vec![0; elements] },
+            CacheType::F32 => Kind::F32 { keys: zeros(elements)?, values: zeros(elements)? },
+            CacheType::F16 => Kind::F16 { keys: zeros(elements)?, values: zeros(elements)? },
             CacheType::I8 => Kind::I8(Bytes {
-                mean: vec![0.0; key_heads * head_dim],
-                keys: vec![0; key_heads * panel_bytes(capacity, head_dim)],
-                key_scales: vec![0.0; key_heads * capacity],
-                values: vec![0; elements],
-                value_scales: vec![0.0; key_heads * capacity],
+                mean: zeros(key_heads * head_dim)?,
+                keys: zeros(key_heads * panel_bytes(capacity, head_dim))?,
+                key_scales: zeros(scales)?,
+                values: zeros(elements)?,
+                value_scales: zeros(scales)?,
             }),
         };
-        CpuCache { capacity, key_heads, head_dim, kind }
+        Ok(CpuCache { capacity, key_heads, head_dim, kind })
     }
 
     pub(crate) fn capacity(&self) -> usize {

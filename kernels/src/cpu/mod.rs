@@ -2,6 +2,7 @@
 //!
 //! This file checks sizes and hands each operation to the file of its family.
 
+mod arithmetic;
 mod attention;
 mod bandwidth;
 mod cache;
@@ -17,6 +18,7 @@ mod quantised;
 mod simd;
 mod stored;
 
+pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
 pub use cache::CpuCache;
 
@@ -85,6 +87,14 @@ impl CpuDevice {
     }
 }
 
+/// Memory for `len` elements, or an error where the system has none.
+fn zeros<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
+    let mut data = Vec::new();
+    data.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) })?;
+    data.resize(len, T::default());
+    Ok(data)
+}
+
 /// A bias of `outputs` elements as f32.
 fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) -> Result<Option<Cow<'a, [f32]>>> {
     let Some(bias) = bias else { return Ok(None) };
@@ -103,11 +113,7 @@ impl Device for CpuDevice {
     }
 
     fn allocate(&self, len: usize) -> Result<CpuBuffer> {
-        let mut data = Vec::new();
-        data.try_reserve_exact(len)
-            .map_err(|_| DeviceError::OutOfMemory { bytes: len.saturating_mul(size_of::<f32>()) })?;
-        data.resize(len, 0.0);
-        Ok(CpuBuffer(data))
+        Ok(CpuBuffer(zeros(len)?))
     }
 
     fn len(&self, buffer: &CpuBuffer) -> usize {
@@ -341,8 +347,7 @@ impl Device for CpuDevice {
         check::argument("cache", !wide, || {
             format!("heads of {head_dim} are too wide for bytes; {} is the most", quantised::attention::WIDEST_HEAD)
         })?;
-        check::at_least("cache", "a cache", usize::MAX, &[capacity.next_multiple_of(64), key_heads, head_dim, 4])?;
-        Ok(CpuCache::new(kind, capacity, key_heads, head_dim))
+        CpuCache::new(kind, capacity, key_heads, head_dim)
     }
 
     fn cache_write(&self, k: &CpuBuffer, v: &CpuBuffer, rows: usize, cache: &mut CpuCache, first: usize) -> Result<()> {

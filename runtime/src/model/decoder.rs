@@ -221,11 +221,16 @@ impl<D: Device> Decoder<D> {
         &self.device
     }
 
-    /// A cache for each layer. They are of bytes where the weights are multiplied as bytes.
+    /// Caches are of bytes where the weights are multiplied as bytes.
+    fn cache_type(&self) -> CacheType {
+        let in_bytes = |layer: &Layer<D>| self.device.in_bytes(layer.query.linear.with(Activation::Identity).0);
+        if self.layers.first().is_some_and(in_bytes) { CacheType::I8 } else { CacheType::F32 }
+    }
+
+    /// A cache for each layer.
     pub(super) fn caches(&self, capacity: usize) -> Result<Vec<D::Cache>, ModelError> {
         let DecoderConfig { key_heads, head_dim, .. } = self.config;
-        let in_bytes = |layer: &Layer<D>| self.device.in_bytes(layer.query.linear.with(Activation::Identity).0);
-        let kind = if self.layers.first().is_some_and(in_bytes) { CacheType::I8 } else { CacheType::F32 };
+        let kind = self.cache_type();
         Ok(self
             .layers
             .iter()
@@ -477,6 +482,12 @@ impl<D: Device> Session<D> {
         }
         self.compute_logits()?;
         Ok(&self.logits)
+    }
+
+    /// Bytes of the cache that a position takes, over all layers.
+    pub fn position_bytes(&self) -> usize {
+        let DecoderConfig { key_heads, head_dim, .. } = self.decoder.config;
+        self.caches.len() * self.decoder.cache_type().position_bytes(key_heads, head_dim)
     }
 
     /// The logits behind each of the positions in the cache, `[positions, vocabulary]`. For comparisons: it takes

@@ -14,7 +14,7 @@ mod product;
 
 use crate::cpu::elementwise::Finish;
 use crate::cpu::pool::{SharedSlice, ThreadPool};
-use crate::cpu::simd::{Level, fetch_next};
+use crate::cpu::simd::Level;
 use crate::cpu::stored::widen_scales;
 use crate::device::Activation;
 use crate::scales::Scales;
@@ -85,11 +85,6 @@ impl<'a> Codes<'a> {
     fn scales_of(&self, level: Level, first: usize, out: &mut [f32]) {
         let (count, room) = (self.scales.per_row(), self.blocks() * self.scales_a_block());
         let Some((bytes, dtype)) = self.scales.of_groups() else { return };
-        if count == room {
-            let size = dtype.row_bytes(out.len()).unwrap_or(0);
-            fetch_next(&bytes[dtype.row_bytes(first * count).unwrap_or(0)..][..size]);
-            return widen_scales(level, bytes, dtype, first * count, out);
-        }
         for (row, out) in (first..).zip(out.chunks_exact_mut(room)) {
             widen_scales(level, bytes, dtype, row * count, &mut out[..count]);
             out[count..].fill(0.0);

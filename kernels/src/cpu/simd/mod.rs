@@ -5,6 +5,10 @@
 
 pub(crate) mod integer;
 mod level;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_integer;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -18,8 +22,6 @@ pub(crate) use x86::Avx512Bf16;
 
 /// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
 const AHEAD: usize = 8192;
-/// Bytes that are fetched at once.
-const LINE: usize = 64;
 
 /// Has the memory fetch the line [`AHEAD`] bytes behind the start of `from`, if there is anything.
 #[inline(always)]
@@ -32,21 +34,6 @@ pub(crate) fn fetch_ahead<T>(from: &[T]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = from;
-}
-
-/// Has the memory fetch as many bytes as `from` has, from its end on.
-#[inline(always)]
-pub(crate) fn fetch_next(from: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..from.len()).step_by(LINE) {
-        // SAFETY: every x86-64 has the instruction, and it takes any address.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(from.len() + line).cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, LINE);
 }
 
 /// Work that can be compiled for every instruction set.
@@ -71,6 +58,21 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, vector: Self::Vector, to: &mut [f32]);
     /// a · b + c
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `sums[r][v] += a[r] · b[v]`
+    #[inline(always)]
+    fn add_products<const R: usize, const V: usize>(
+        self,
+        sums: &mut [[Self::Vector; V]; R],
+        a: &[f32; R],
+        b: [Self::Vector; V],
+    ) {
+        for r in 0..R {
+            let a = self.splat(a[r]);
+            for v in 0..V {
+                sums[r][v] = self.mul_add(a, b[v], sums[r][v]);
+            }
+        }
+    }
     /// IEEE half precision, as f32.
     fn load_f16(self, from: &[u16]) -> Self::Vector;
     /// Upper halves of singles, as f32.

@@ -252,4 +252,26 @@ impl Integer for Avx512Vnni {
             }
         }
     }
+    #[inline(always)]
+    fn spread_halves(self, from: &[u16], each: usize) -> __m512 {
+        // SAFETY: `self` exists, so the instructions are there; the slicing checked the lengths.
+        unsafe {
+            match each {
+                4 => {
+                    let places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+                    let four = _mm_cvtph_ps(_mm_loadl_epi64(from[..4].as_ptr().cast()));
+                    _mm512_permutexvar_ps(places, _mm512_castps128_ps512(four))
+                }
+                8 => {
+                    let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+                    let two = _mm_cvtph_ps(_mm_loadu_si32(from[..2].as_ptr().cast()));
+                    _mm512_permutexvar_ps(places, _mm512_castps128_ps512(two))
+                }
+                _ => {
+                    let one = _mm_cvtph_ps(_mm_loadu_si16(from[..1].as_ptr().cast()));
+                    _mm512_broadcastss_ps(one)
+                }
+            }
+        }
+    }
 }
