@@ -90,6 +90,21 @@ impl Scales {
         Self::groups(owned_f32(values), 0, DType::F32, group, rows, per_row)
     }
 
+    /// Those of rows `first .. first + count`, which there must be.
+    pub(crate) fn rows_view(&self, first: usize, count: usize) -> Self {
+        let stored = match &self.stored {
+            Stored::Rows(scales) => Stored::Rows(scales[first..first + count].into()),
+            Stored::Groups { bytes, start, dtype, group, per_row } => Stored::Groups {
+                bytes: bytes.clone(),
+                start: start + dtype.row_bytes(first * per_row).unwrap_or(0),
+                dtype: *dtype,
+                group: *group,
+                per_row: *per_row,
+            },
+        };
+        Scales { stored, rows: count }
+    }
+
     /// Elements that share a scale, or none if a whole row does.
     pub fn group(&self) -> Option<usize> {
         match &self.stored {

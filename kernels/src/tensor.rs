@@ -187,6 +187,17 @@ impl HostTensor {
         self.shape.get(1..).map_or(1, |rest| rest.iter().product())
     }
 
+    /// A view of rows `first .. first + count`, where there are so many.
+    pub fn rows_view(&self, first: usize, count: usize) -> Option<Self> {
+        let row_bytes = self.dtype.row_bytes(self.row_len())?;
+        first.checked_add(count).filter(|&end| end <= self.rows() && !self.shape.is_empty())?;
+        let mut view = self.clone();
+        (view.start, view.len) = (self.start + first * row_bytes, count * row_bytes);
+        view.shape[0] = count;
+        view.scales = self.scales.as_ref().map(|scales| scales.rows_view(first, count));
+        Some(view)
+    }
+
     /// The raw bytes, aligned for the element type.
     pub fn bytes(&self) -> &[u8] {
         &(*self.bytes).as_ref()[self.start..self.start + self.len]

@@ -156,6 +156,13 @@ impl Device for CpuDevice {
         Ok(CpuWeight(wide.unwrap_or_else(|_| tensor.clone())))
     }
 
+    fn weight_rows(&self, weight: &CpuWeight, first: usize, count: usize) -> Result<CpuWeight> {
+        let rows = weight.0.rows();
+        let reason = || format!("rows from {first} on, {count} of them, of a weight of {rows}");
+        let view = weight.0.rows_view(first, count);
+        view.map(CpuWeight).ok_or_else(|| DeviceError::Argument { op: "weight_rows", reason: reason() })
+    }
+
     fn embed(&self, table: &CpuWeight, ids: &[u32], out: &mut CpuBuffer, offset: usize) -> Result<()> {
         let (rows, width) = (table.0.rows(), table.0.row_len());
         for &id in ids {
