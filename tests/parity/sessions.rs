@@ -268,3 +268,24 @@ fn projected_frames_are_those_of_the_whole_window() {
         assert!(model.video_tokens_again(&states, &[1], gate, &mut kept).is_err(), "a name for each frame");
     }
 }
+
+#[test]
+fn a_restricted_head_gives_the_same_logits_for_what_it_has() {
+    let model = open();
+    let text = ids(20);
+    let mut session = model.session(40).expect("a session");
+    let whole = start(&mut session, &text);
+    for tokens in [&[0][..], &[96], &[3, 4, 50, 95], &(0..97).collect::<Vec<u32>>()] {
+        session.restrict_head(Some(tokens)).expect("they are tokens");
+        let logits = start(&mut session, &text);
+        assert_eq!(logits.len(), whole.len());
+        for (id, (&logit, &whole)) in (0u32..).zip(logits.iter().zip(&whole)) {
+            assert_eq!(logit, if tokens.contains(&id) { whole } else { f32::MIN }, "{id} of {tokens:?}");
+        }
+    }
+    session.restrict_head(None).expect("all rows");
+    assert_eq!(start(&mut session, &text), whole);
+    for tokens in [&[][..], &[97], &[4, 3], &[5, 5]] {
+        assert!(session.restrict_head(Some(tokens)).is_err(), "{tokens:?}");
+    }
+}

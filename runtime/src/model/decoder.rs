@@ -6,6 +6,7 @@ use candor_kernels::{Activation, AttentionShape, CacheType, Device, DeviceError,
 
 use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
+use super::head::Head;
 use super::held::Held;
 use super::layers::{Bias, Linear, Loader};
 use super::rows::allocate;
@@ -361,6 +362,8 @@ pub struct Session<D: Device> {
     work: Work<D>,
     last: D::Buffer,
     head_out: D::Buffer,
+    /// Where only some rows of the output head are computed.
+    head: Option<Head<D>>,
     logits: Vec<f32>,
 }
 
@@ -405,9 +408,18 @@ impl<D: Device> Session<D> {
             work: decoder.work(capacity.min(RUN))?,
             last: allocate(&device, &[width])?,
             head_out: allocate(&device, &[vocabulary])?,
+            head: None,
             logits: vec![0.0; vocabulary],
             decoder,
         })
+    }
+
+    /// Computes only the logits of `tokens` (different, ascending) from the next position on: to the bit what they are
+    /// without, while those of all other tokens are the least there is. `None` takes that back.
+    pub fn restrict_head(&mut self, tokens: Option<&[u32]>) -> Result<(), ModelError> {
+        let Decoder { device, config, head, .. } = &*self.decoder;
+        self.head = tokens.map(|tokens| Head::new(device, head, config.vocabulary, tokens)).transpose()?;
+        Ok(())
     }
 
     /// Forgets everything and reads a prompt. Afterwards [`LanguageModel::logits`] are those behind its last position.
@@ -568,6 +580,9 @@ impl<D: Device> Session<D> {
     fn compute_logits(&mut self) -> Result<(), DeviceError> {
         let Decoder { device, config, .. } = &*self.decoder;
         device.copy(&self.states, (self.position - 1) * config.width, &mut self.last, 0, config.width)?;
+        if let Some(head) = &mut self.head {
+            return head.logits(device, &self.last, &mut self.logits);
+        }
         self.decoder.logits(&self.last, 1, &mut self.head_out)?;
         device.read(&self.head_out, 0, &mut self.logits)
     }

@@ -15,6 +15,7 @@ pub mod decoder;
 mod encoder;
 mod error;
 pub mod gate;
+mod head;
 mod held;
 mod kept;
 pub mod language_model;

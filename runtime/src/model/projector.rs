@@ -17,6 +17,9 @@ use super::{ModelError, Rows};
 const EPS: f32 = 1e-5;
 /// Kernel of the convolution over time and space.
 const KERNEL: usize = 2;
+/// Products of no more rows than this may be summed in another order than those of more, as fewer rows are worth another
+/// kernel. Where a whole window has more, so few of it are not computed alone: the result would differ in its last bits.
+const FEW_ROWS: usize = 32;
 /// Hidden width of squeeze-and-excite, as a share of the block's input channels.
 const SQUEEZE: f64 = 0.25;
 
@@ -173,16 +176,21 @@ impl<D: Device> Projector<D> {
         tokens.iter_mut().chain([face]).try_for_each(|buffer| grow(device, buffer, &[frames, size]))?;
 
         let pairs: Vec<_> = (0..frames).map(|i| (i.checked_sub(1).map(|before| keys[before]), keys[i])).collect();
-        let (frame_places, pair_places) = (self.kept.frames.assign(keys), self.kept.pairs.assign(&pairs));
+        let (mut frame_places, pair_places) = (self.kept.frames.assign(keys), self.kept.pairs.assign(&pairs));
+        let all: Vec<usize> = (0..frames).collect();
+        if !frame_places.missing.is_empty() && frame_places.missing.len() * patches <= FEW_ROWS {
+            frame_places.missing.clone_from(&all);
+        }
         self.first_stages(device, states, &frame_places.missing, &frame_places.place)?;
-        let mut rest = &pair_places.missing[..];
-        while let Some(&first) = rest.first() {
-            let count = rest.iter().zip(first..).take_while(|&(&missing, next)| missing == next).count();
-            self.over_time(device, first, count, &frame_places.place, &pair_places.place)?;
-            rest = &rest[count..];
+        let mut runs: Vec<&[usize]> = pair_places.missing.chunk_by(|&before, &next| next == before + 1).collect();
+        if runs.iter().any(|run| run.len() * reduced * reduced <= FEW_ROWS) {
+            runs = vec![&all];
+        }
+        for run in &runs {
+            self.over_time(device, run[0], run.len(), &frame_places.place, &pair_places.place)?;
         }
         self.kept.counts[0] += frame_places.missing.len() as u64;
-        self.kept.counts[1] += pair_places.missing.len() as u64;
+        self.kept.counts[1] += runs.iter().map(|run| run.len() as u64).sum::<u64>();
 
         let Projector { kept, outputs, .. } = self;
         let in_order = |places: &[usize]| places.iter().copied().zip(0..).collect::<Vec<_>>();

@@ -549,7 +549,7 @@ mod tests {
                     }
                     bytes => {
                         if rest.starts_with(bytes) {
-                            bytes.len() as f32
+                            20.0 * bytes.len() as f32
                         } else {
                             -5.0
                         }
@@ -561,7 +561,7 @@ mod tests {
 
     #[test]
     fn forced_tokens_are_those_that_the_model_would_write_and_cost_no_pass() {
-        let text = "<think>The eyes are wide. Fear?</think>\n<answer>angry man</answer>";
+        let text = "<think>the eyes are wide. fear!</think>\n<answer>angry man</answer>";
         for table in tables() {
             let grammar = Grammar::new(Arc::clone(&table), &labels(), 500).expect("the budget is enough");
             for temperature in [0.0, 0.3] {
@@ -596,14 +596,15 @@ mod tests {
             let mut model = ToyModel::random(table.vocabulary(), 200, seed, 4.0);
             let mut generator = Generator::new(&mut model, &grammar, sampler(0.0, 0)).expect("the model fits");
             let begin = generator.checkpoint();
-            for _ in 0..3 {
+            while generator.phase() != Phase::Rationale {
                 generator.step().expect("the model is sound");
             }
+            let place = generator.tokens();
             let middle = generator.checkpoint();
             let (text, remaining) = (generator.text().to_string(), generator.remaining());
             generator.run().expect("the model is sound");
             let after = generator.checkpoint();
-            let first = generator.written[3].token;
+            let first = generator.written[place].token;
 
             // Without a ban a greedy model writes the same again.
             assert!(generator.rollback(&middle, false).expect("the checkpoint is part of the text"));
@@ -615,7 +616,7 @@ mod tests {
             let mut banned = vec![first];
             while generator.rollback(&middle, true).expect("the checkpoint is part of the text") {
                 generator.step().expect("the model is sound");
-                let token = generator.written[3].token;
+                let token = generator.written[place].token;
                 assert!(!banned.contains(&token), "{token} was banned");
                 banned.push(token);
                 if banned.len() > 5 {
@@ -627,7 +628,9 @@ mod tests {
 
             // Going back to the start forgets the later bans.
             generator.rollback(&begin, false).expect("the checkpoint is part of the text");
-            assert!(matches!(generator.rollback(&middle, false), Err(GenerateError::Checkpoint { tokens: 3 })));
+            assert!(
+                matches!(generator.rollback(&middle, false), Err(GenerateError::Checkpoint { tokens }) if tokens == place)
+            );
             let completion = generator.finish().expect("the model is sound");
             assert_eq!((&completion.text, &completion.tokens), (&expected.text, &expected.tokens));
             check(&completion, &grammar, 90);

@@ -6,6 +6,7 @@
 pub mod automaton;
 pub mod generate;
 pub mod grammar;
+pub mod head_rows;
 pub mod labels;
 pub mod rollout;
 pub mod sampling;
@@ -18,6 +19,7 @@ pub(crate) mod toy;
 pub use automaton::Phase;
 pub use generate::{Checkpoint, Completion, FinishReason, GenerateError, Generator, Passage, Step};
 pub use grammar::{AllowedIds, Grammar, GrammarError, Mask};
+pub use head_rows::{HeadRows, ParseHeadRowsError};
 pub use labels::{LabelProbabilities, LabelScorer, LabelSearch};
 pub use sampling::{Sampler, Sampling, SamplingError};
 pub use template::{ChatTemplate, Message, PromptPiece, TemplateError};

@@ -84,6 +84,11 @@ impl TokenTable {
         TokenTable { vocabulary, end_of_turn, bytes, spans, nodes, sorted, deepest }
     }
 
+    /// The same with only some of the tokens to be written.
+    pub fn only(&self, tokens: &[u32]) -> TokenTable {
+        TokenTable::new(self.vocabulary, self.end_of_turn, tokens.iter().map(|&id| (id, self.bytes(id))))
+    }
+
     /// Rows of the model's output head.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
