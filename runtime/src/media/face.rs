@@ -30,6 +30,9 @@ const SCORE_THRESHOLD: f64 = 2.0;
 /// Overlap (intersection over union) from which two boxes in neighbouring frames are the same face.
 const SAME_FACE: f32 = 0.25;
 
+/// Overlap with the last window's box from which that may stand for the new one: about what the detector's own jitter is.
+const STILL_FACE: f32 = 0.85;
+
 /// Share of a window's frames in which the face must be found.
 const FOUND_SHARE: f64 = 0.25;
 
@@ -85,6 +88,14 @@ pub struct WindowFace {
 }
 
 impl WindowFace {
+    /// The same face where the last window's was, if it has hardly moved since.
+    pub(crate) fn steadied(self, last: &WindowFace) -> WindowFace {
+        if self.relative.overlap(&last.relative) < STILL_FACE {
+            return self;
+        }
+        WindowFace { relative: FaceBox { score: self.relative.score, ..last.relative }, ..self }
+    }
+
     /// The face's box in the pixels of one of the window's frames. The same place in every frame, also in those where the
     /// detector missed it. The score is the median score.
     pub fn in_frame(&self, frame: &Frame) -> FaceBox {

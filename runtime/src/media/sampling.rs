@@ -63,6 +63,10 @@ pub struct WindowSettings {
     /// Bytes of pictures to hold at most while a window fills. Beyond it every second picture is let go (never fewer than
     /// twice `frames` are kept), and a sampled frame is then the nearest that was kept.
     pub buffer_bytes: usize,
+    /// Takes a frame that the last window showed in the place of its neighbour: the rule's rounding shifts by a frame from
+    /// window to window, and frames that are shown again need not be computed again. Off by default, as it is not the
+    /// rule to the letter.
+    pub steady: bool,
 }
 
 impl WindowSettings {
@@ -79,7 +83,7 @@ impl WindowSettings {
                 return Err(SettingsError::Seconds { name, seconds });
             }
         }
-        Ok(Self { frames, window_s, step_s, buffer_bytes: Self::DEFAULT_BUFFER_BYTES })
+        Ok(Self { frames, window_s, step_s, buffer_bytes: Self::DEFAULT_BUFFER_BYTES, steady: false })
     }
 }
 
@@ -157,6 +161,8 @@ struct WindowBuilder {
     stride: u64,
     /// Frames before this number were in a window already.
     seen: u64,
+    /// Numbers of the pictures that the last window showed.
+    shown: Vec<u64>,
     /// Whether a window was given since `origin`.
     given: bool,
     /// Media time of the newest frame.
@@ -181,6 +187,7 @@ impl WindowBuilder {
             kept_bytes: 0,
             stride: 1,
             seen: 0,
+            shown: Vec::new(),
             given: false,
             newest_s: None,
             ready: VecDeque::new(),
@@ -254,22 +261,31 @@ impl WindowBuilder {
             return;
         };
         let start_s = origin + self.open as f64 * self.settings.step_s;
-        let frames: Vec<Arc<Frame>> = sample_indices(self.stamps.len(), self.settings.frames)
-            .into_iter()
-            .filter_map(|index| self.nearest(self.first_number + index as u64))
-            .collect();
+        let wanted = sample_indices(self.stamps.len(), self.settings.frames).into_iter();
+        let picked = wanted.filter_map(|index| self.pick(self.first_number + index as u64));
+        let (shown, frames) = picked.map(|(number, frame)| (*number, Arc::clone(frame))).unzip();
         let span = (start_s, end_s.unwrap_or(start_s + self.settings.window_s));
         let index = self.origin_index + self.open;
         self.ready.push_back(make_window(index, span, (*first, *last), self.stamps.len(), frames));
         self.seen = self.first_number + self.stamps.len() as u64;
         self.given = true;
+        self.shown = shown;
+    }
+
+    /// The picture to show for frame `number`.
+    fn pick(&self, number: u64) -> Option<&(u64, Arc<Frame>)> {
+        // So far apart that no two wanted frames have the same neighbour.
+        let sparse = self.stamps.len() >= 4 * self.settings.frames;
+        let again = self.shown.iter().filter(|_| self.settings.steady && sparse);
+        let again = again.copied().find(|shown| shown.abs_diff(number) <= 1);
+        self.nearest(again.unwrap_or(number))
     }
 
     /// The kept picture nearest to frame `number`.
-    fn nearest(&self, number: u64) -> Option<Arc<Frame>> {
+    fn nearest(&self, number: u64) -> Option<&(u64, Arc<Frame>)> {
         let after = self.kept.partition_point(|(kept, _)| *kept < number);
         let candidates = [after.checked_sub(1), Some(after)].into_iter().flatten().filter_map(|i| self.kept.get(i));
-        candidates.min_by_key(|(kept, _)| kept.abs_diff(number)).map(|(_, frame)| Arc::clone(frame))
+        candidates.min_by_key(|(kept, _)| kept.abs_diff(number))
     }
 
     /// The stream ended, or starts anew: gives the last, shorter window out by the rule above and forgets all frames.
@@ -561,6 +577,33 @@ mod tests {
         assert_eq!(
             got.iter().map(|window| (window.0, window.2)).collect::<Vec<_>>(),
             [(0.0, 10), (2.5, 10), (5.0, 10)]
+        );
+    }
+
+    #[test]
+    fn steady_windows_show_frames_again() {
+        let shown = |steady| {
+            let mut settings = WindowSettings::new(4, 2.0, 1.0).unwrap();
+            settings.steady = steady;
+            summary(Windows::new(at_rate(240, 24.0), settings))
+        };
+        let (plain, steady) = (shown(false), shown(true));
+        assert_eq!(plain[0], steady[0]);
+        let again = |windows: &[(f64, f64, usize, Vec<u8>)]| -> usize {
+            windows.windows(2).map(|pair| pair[1].3.iter().filter(|number| pair[0].3.contains(number)).count()).sum()
+        };
+        assert_eq!((again(&plain), again(&steady)), (0, 2 * (steady.len() - 1)));
+        for (plain, steady) in plain.iter().zip(&steady) {
+            assert_eq!((plain.0, plain.1, plain.2), (steady.0, steady.1, steady.2));
+            assert!(plain.3.iter().zip(&steady.3).all(|(a, b)| a.abs_diff(*b) <= 1), "{plain:?} {steady:?}");
+            assert!(steady.3.is_sorted_by(|a, b| a < b));
+        }
+        // Where frames are few, each is shown once.
+        let mut settings = WindowSettings::new(4, 0.5, 0.1).unwrap();
+        settings.steady = true;
+        assert_eq!(
+            summary(Windows::new(at_rate(12, 10.0), settings)),
+            summary(windows(at_rate(12, 10.0), 4, 0.5, 0.1))
         );
     }
 

@@ -21,8 +21,8 @@ use crate::observation::{
 use crate::text::automaton::ANSWER_OPEN;
 use crate::text::labels::LabelError;
 use crate::text::{
-    ChatTemplate, Grammar, GrammarError, LabelScorer, LabelSearch, PromptPiece, Sampler, Sampling, SamplingError,
-    TemplateError, Tokenizer, TokenizerError,
+    ChatTemplate, Grammar, GrammarError, HeadRows, LabelScorer, LabelSearch, PromptPiece, Sampler, Sampling,
+    SamplingError, TemplateError, Tokenizer, TokenizerError,
 };
 use crate::verify::{Emotion, SentenceClassifier, Verdict, Verifier, VerifierError};
 
@@ -96,11 +96,23 @@ pub struct WatchSettings {
     pub fit: Option<Fit>,
     /// What is not computed again from window to window.
     pub reuse: Reuse,
+    /// Cuts the face out where the last window did if it has hardly moved, so that frames that are shown again need not be
+    /// computed again. Off by default, as it is not what the model's manifest says to the letter.
+    pub steady: bool,
+    /// Rows of the output head that are computed. Fewer than all can change an answer.
+    pub head_rows: HeadRows,
 }
 
 impl Default for WatchSettings {
     fn default() -> Self {
-        WatchSettings { policy: Policy::Annotate, sampling: Sampling::GREEDY, fit: None, reuse: Reuse::ALL }
+        WatchSettings {
+            policy: Policy::Annotate,
+            sampling: Sampling::GREEDY,
+            fit: None,
+            reuse: Reuse::ALL,
+            steady: false,
+            head_rows: HeadRows::All,
+        }
     }
 }
 
@@ -123,6 +135,8 @@ pub struct Watcher<D: Device> {
     read_before: Reading,
     /// Work that the log knows of.
     logged: Work,
+    /// Tokens that may be written, where not all may.
+    tokens: Option<Vec<u32>>,
     tokenizer: Tokenizer,
     gate_tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -135,6 +149,8 @@ pub struct Watcher<D: Device> {
     preprocess: Preprocess,
     /// Where the fit is the face.
     faces: Option<(FaceDetector, FaceCrop)>,
+    /// Where the last face was cut out.
+    last_face: Option<WindowFace>,
     verifier: Verifier<D>,
     verifier_identity: Identity,
 }
@@ -166,13 +182,19 @@ impl<D: Device> Watcher<D> {
         let gate_tokenizer = Tokenizer::open(&gate_folder)?;
         let gate_ids = gate_tokenizer.encode_sequence(&instruction, config.bert.positions)?;
 
-        let table = std::sync::Arc::new(tokenizer.token_table(config.decoder.vocabulary)?);
+        let table = tokenizer.token_table(config.decoder.vocabulary)?;
         let (labels, max_new_tokens) = (&manifest.model.labels, manifest.model.max_new_tokens);
+        let tokens = settings.head_rows.tokens(&table, labels, &instruction);
+        let table = std::sync::Arc::new(match &tokens {
+            Some(tokens) => table.only(tokens),
+            None => table,
+        });
         let grammar_error = |source| WatchError::Grammar { folder: folder.into(), source };
         let grammar = Grammar::new(table.clone(), labels, max_new_tokens).map_err(grammar_error)?;
         let scorer = LabelScorer::new(table, labels).map_err(grammar_error)?;
 
-        let session = model.session(capacity(config, &prompt, max_new_tokens))?;
+        let mut session = model.session(capacity(config, &prompt, max_new_tokens))?;
+        session.restrict_head(tokens.as_deref())?;
 
         let input = &manifest.input;
         let fit = settings.fit.unwrap_or(input.fit);
@@ -193,6 +215,7 @@ impl<D: Device> Watcher<D> {
             frames_searched: 0,
             read_before: Reading::default(),
             logged: Work::default(),
+            tokens,
             answer_opening: tokenizer.encode(ANSWER_OPEN)?,
             verifier_identity: verifier.identity()?,
             session,
@@ -206,6 +229,7 @@ impl<D: Device> Watcher<D> {
             grammar,
             scorer,
             faces,
+            last_face: None,
             verifier,
             manifest,
         })
@@ -239,7 +263,8 @@ impl<D: Device> Watcher<D> {
     }
 
     fn renew_session(&mut self, capacity: usize) -> Result<(), ModelError> {
-        let session = self.model.session(capacity)?;
+        let mut session = self.model.session(capacity)?;
+        session.restrict_head(self.tokens.as_deref())?;
         self.read_before = self.decoder_read();
         self.session = session;
         Ok(())
@@ -325,6 +350,11 @@ impl<D: Device> Watcher<D> {
                     observation.times.stages_ms = times;
                     return Ok(observation);
                 };
+                let face = match &self.last_face {
+                    Some(last) if self.settings.steady => face.steadied(last),
+                    _ => face,
+                };
+                self.last_face = Some(face);
                 observation.faces =
                     window.frames.iter().enumerate().map(|(i, frame)| face_in(i, &face, frame)).collect();
                 crop.squares(&face, &window.frames)

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
 use candor::message::say;
+use candor::text::HeadRows;
 use candor::verify::Emotion;
 use candor::watch::Policy;
 use clap::Args;
@@ -35,7 +36,7 @@ use crate::data::rationale::{Cue, claim_is_right, cue_claims};
 use crate::dataset::{Dataset, DatasetError, FacesFiles, FeatureCache, Item, Media, Problem, ProblemKind, Problems};
 use crate::workers;
 use metrics::{Metrics, measure};
-use reader::{Outcome, Reader};
+use reader::{Outcome, Reader, Unchanged};
 use record::{CueCounts, Record};
 use tally::Measure;
 
@@ -87,6 +88,10 @@ pub struct EvalArgs {
     /// Share of the probability that is drawn from, where it is warm.
     #[arg(long, default_value_t = 0.9)]
     pub top_p: f32,
+    /// Rows of the output head that are computed: all, language or a number, as of `candor watch`. Every entry is then
+    /// answered with all rows too, and the share of completions that come out the same is printed.
+    #[arg(long, default_value_t = HeadRows::All, value_name = "ROWS")]
+    pub head_rows: HeadRows,
     /// Take only so many entries, spread over the data.
     #[arg(long)]
     pub limit: Option<usize>,
@@ -286,8 +291,10 @@ fn evaluate(args: &EvalArgs, data: &Dataset) -> anyhow::Result<Vec<Record>> {
         }
         Ok(outcome)
     };
-    let open = || Reader::open(args, data, cache.as_ref());
+    let unchanged = Unchanged::default();
+    let open = || Reader::open(args, data, cache.as_ref(), &unchanged);
     let outcomes = workers::run(data.items.len(), args.threads, "entries", open, work)?;
+    unchanged.print(args.head_rows);
     let path = args.data.as_ref().or(args.faces.as_ref()).cloned().unwrap_or_default();
     let (mut records, mut cues, mut broken) = (Vec::new(), Vec::new(), Vec::new());
     for (item, outcome) in data.items.iter().zip(outcomes) {

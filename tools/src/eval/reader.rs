@@ -1,9 +1,11 @@
 //! One thread's models: from an item of the data to its record.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use anyhow::Context;
 use candor::media::Fit;
 use candor::observation::{Observation, Probabilities};
-use candor::text::Sampling;
+use candor::text::{HeadRows, Sampling};
 use candor::verify::Emotion;
 use candor::watch::{WatchSettings, Watcher};
 use candor_kernels::cpu::CpuDevice;
@@ -17,6 +19,31 @@ use crate::judge::{Lexicon, verifier};
 /// Sentences whose reading a thread remembers, some 15 MB.
 const REMEMBERED: usize = 60_000;
 
+/// Completions that are the same with fewer rows of the output head as with all.
+#[derive(Default)]
+pub(super) struct Unchanged {
+    same: AtomicUsize,
+    all: AtomicUsize,
+}
+
+impl Unchanged {
+    fn count(&self, all_rows: &Observation, fewer: &Observation) {
+        let best =
+            |observation: &Observation| observation.probabilities.as_ref().and_then(|p| p.best()).map(str::to_owned);
+        let same = all_rows.rationale == fewer.rationale && best(all_rows) == best(fewer);
+        self.all.fetch_add(1, Ordering::Relaxed);
+        self.same.fetch_add(usize::from(same), Ordering::Relaxed);
+    }
+
+    pub(super) fn print(&self, rows: HeadRows) {
+        let (same, all) = (self.same.load(Ordering::Relaxed), self.all.load(Ordering::Relaxed));
+        if all > 0 {
+            let share = 100.0 * same as f64 / all as f64;
+            eprintln!("--head-rows {rows}: {same} of {all} completions ({share:.1} %) are those of all rows");
+        }
+    }
+}
+
 /// What became of an item.
 pub(super) enum Outcome {
     /// It was evaluated.
@@ -28,6 +55,9 @@ pub(super) enum Outcome {
 /// One thread's models.
 pub(super) struct Reader<'a> {
     watcher: Watcher<CpuDevice>,
+    /// The same with all rows of the output head, where the other has fewer.
+    all_rows: Option<Watcher<CpuDevice>>,
+    unchanged: &'a Unchanged,
     own_instruction: String,
     extractor: Extractor,
     cache: Option<&'a FeatureCache>,
@@ -36,21 +66,33 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn open(args: &EvalArgs, data: &Dataset, cache: Option<&'a FeatureCache>) -> anyhow::Result<Reader<'a>> {
+    pub(super) fn open(
+        args: &EvalArgs,
+        data: &Dataset,
+        cache: Option<&'a FeatureCache>,
+        unchanged: &'a Unchanged,
+    ) -> anyhow::Result<Reader<'a>> {
         let model = args.model()?;
         let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
         // The extractor finds faces; the watcher takes what the tower made of them.
-        let settings =
-            WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch), ..WatchSettings::default() };
-        let device = CpuDevice::new(Some(1));
-        let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
-        if let Some(adapter) = &args.adapter {
-            watcher.adapt(adapter)?;
-        }
+        let watcher = |head_rows| {
+            let fit = Some(Fit::Stretch);
+            let settings = WatchSettings { policy: args.policy, sampling, fit, head_rows, ..WatchSettings::default() };
+            let device = CpuDevice::new(Some(1));
+            let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
+            if let Some(adapter) = &args.adapter {
+                watcher.adapt(adapter)?;
+            }
+            anyhow::Ok(watcher)
+        };
+        let all_rows = (args.head_rows != HeadRows::All).then(|| watcher(HeadRows::All)).transpose()?;
+        let watcher = watcher(args.head_rows)?;
         Ok(Reader {
             emotions: watcher.manifest().emotions(),
             own_instruction: watcher.manifest().model.instruction.clone(),
             watcher,
+            all_rows,
+            unchanged,
             extractor: Extractor::open(model, data.faces.clone())?,
             cache,
             lexicon: Lexicon::new(),
@@ -73,8 +115,15 @@ impl<'a> Reader<'a> {
         if !answers {
             return Ok(Outcome::Read(Box::new(unanswered(item))));
         }
-        self.watcher.ask(item.prompt.as_ref().unwrap_or(&self.own_instruction))?;
-        let observation = self.watcher.observe_features(&item.id, place as u64, &features.every_frame())?;
+        let instruction = item.prompt.as_ref().unwrap_or(&self.own_instruction);
+        let look = |watcher: &mut Watcher<CpuDevice>| {
+            watcher.ask(instruction)?;
+            watcher.observe_features(&item.id, place as u64, &features.every_frame())
+        };
+        let observation = look(&mut self.watcher)?;
+        if let Some(all_rows) = &mut self.all_rows {
+            self.unchanged.count(&look(all_rows)?, &observation);
+        }
         Ok(Outcome::Read(Box::new(self.judge(item, observation)?)))
     }
 

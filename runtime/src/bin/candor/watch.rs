@@ -10,7 +10,7 @@ use candor::manifest::Manifest;
 use candor::media::{Source, SourceOptions, Windows};
 use candor::message::say;
 use candor::observation::Observation;
-use candor::text::Sampling;
+use candor::text::{HeadRows, Sampling};
 use candor::watch::{Policy, Report, Reuse, WatchSettings, Watcher};
 use candor_kernels::cpu::CpuDevice;
 use clap::Args;
@@ -58,9 +58,17 @@ pub(crate) struct WatchArgs {
     /// Seconds from one window's start to the next's; else the model's.
     #[arg(long, value_name = "S")]
     step: Option<f64>,
+    /// Where windows overlap, show a frame of the last one again in the place of its neighbour, and cut a face that hardly
+    /// moves out at the same place, so that less is to be computed. Can change an answer.
+    #[arg(long)]
+    steady: bool,
     /// What is not computed again from window to window: all, none, or a list of gate, prefix, frames, projector, forced.
     #[arg(long, default_value_t = Reuse::ALL, value_name = "LIST")]
     reuse: Reuse,
+    /// Rows of the output head that are computed: all, language (tokens of other scripts than the labels' and Latin are
+    /// never written), or a number of rows. Fewer are faster with a large vocabulary, and can change an answer.
+    #[arg(long, default_value_t = HeadRows::All, value_name = "ROWS")]
+    head_rows: HeadRows,
     /// Threads; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
@@ -74,12 +82,20 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
         named => Some(folders::verifier(named.clone())?),
     };
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let settings = WatchSettings { policy: args.policy, sampling, fit: None, reuse: args.reuse };
+    let settings = WatchSettings {
+        policy: args.policy,
+        sampling,
+        fit: None,
+        reuse: args.reuse,
+        steady: args.steady,
+        head_rows: args.head_rows,
+    };
     let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
     if let Some(adapter) = &args.adapter {
         watcher.adapt(adapter)?;
     }
-    let windows = watcher.windows(args.window, args.step)?;
+    let mut windows = watcher.windows(args.window, args.step)?;
+    windows.steady = args.steady;
     let mut source = Source::open(&args.source, SourceOptions::default())?;
     source.stop_with(Arc::clone(&stop));
     let name = source.name();
