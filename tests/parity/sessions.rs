@@ -239,7 +239,8 @@ fn projected_frames_are_those_of_the_whole_window() {
         let (patches, width) = (model.config().vision.patches(), model.config().vision.width);
         let frame =
             |key: u64| uniform(&format!("frame {key}"), patches * width).map(|v| v as f32).collect::<Vec<f32>>();
-        let (mut states, mut plain, mut kept) = (model.rows().unwrap(), model.rows().unwrap(), model.rows().unwrap());
+        let (mut states, mut plain, mut kept): (Rows<_>, Rows<_>, Rows<_>) =
+            [(); 3].map(|()| model.rows().expect("a buffer")).into();
         let gate = [0.2, 0.5, 0.3];
         let mut worst: f64 = 0.0;
         // Sliding, still, jumping, equal frames, backwards, another number of frames.
@@ -260,7 +261,7 @@ fn projected_frames_are_those_of_the_whole_window() {
             states.write(&device, &values, width).expect("whole rows");
             model.video_tokens(&states, gate, &mut plain).expect("the projector runs");
             model.video_tokens_again(&states, keys, gate, &mut kept).expect("the projector runs");
-            let error = relative_error(&kept.to_host(&device).unwrap(), &plain.to_host(&device).unwrap());
+            let error = relative_error(&kept.to_host(&device).expect("read"), &plain.to_host(&device).expect("read"));
             assert!(error < CLOSE, "{name} {keys:?}: {error:.1e}");
             worst = worst.max(error);
         }
