@@ -1,8 +1,8 @@
 //! `candor-tools synthesize`: a model folder of a published size with random weights. Speed and memory do not depend on
 //! the values, so they can be measured where the real weights may not be.
 //!
-//! The preset is a config.json ([`preset`]); what a folder with it must hold is listed ([`layout`]), each tensor laid
-//! down as asked for ([`storage`]), and the file filled from a seed, tensor by tensor ([`file`]).
+//! The preset is a config.json (`preset`); what a folder with it must hold is listed (`layout`), each tensor laid
+//! down as asked for (`storage`), and the file filled from a seed, tensor by tensor (`file`).
 
 mod file;
 mod layout;
