@@ -13,10 +13,12 @@ mod norm;
 pub mod pool;
 mod position;
 mod quantised;
+mod report;
 mod simd;
 mod stored;
 
 pub use bandwidth::measure_read_bandwidth;
+pub use report::KernelReport;
 
 use crate::check;
 use crate::device::{Activation, AttentionShape, Device, DeviceError, Result, Unfold};

@@ -15,7 +15,7 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_integer;
 
-pub(crate) use level::Level;
+pub(crate) use level::{LEVEL_VARIABLE, Level};
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::Avx512Bf16;
@@ -30,6 +30,8 @@ pub(crate) trait Operation {
 /// Vectors of f32 of one instruction set.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type Vector: Copy;
+    /// What the set is called in print.
+    const NAME: &'static str;
     /// f32 a vector.
     const LANES: usize;
 

@@ -24,6 +24,7 @@ macro_rules! both {
 
 impl Simd for Neon {
     type Vector = [float32x4_t; 2];
+    const NAME: &'static str = "NEON";
     const LANES: usize = 8;
 
     #[inline(always)]
