@@ -11,6 +11,10 @@ fn main() {
     println!("roof {:.1} GB/s", candor_kernels::cpu::measure_read_bandwidth(device.pool(), 256 << 20));
     for (dtype, group, rows, n, k) in [
         (DType::I4, Some(32), 1, 151_936, 896),
+        (DType::I4, Some(32), 1, 1000, 896),
+        (DType::I4, Some(128), 1, 1000, 896),
+        (DType::I8, None, 1, 1000, 896),
+        (DType::I4, Some(32), 1, 400, 4864),
         (DType::I4, Some(128), 1, 151_936, 896),
         (DType::I4, None, 1, 151_936, 896),
         (DType::I8, None, 1, 151_936, 896),
@@ -34,7 +38,7 @@ fn main() {
         let tensor = if dtype == DType::F32 {
             HostTensor::from_f32(&vec![0.5; n * k], &[n, k]).unwrap()
         } else {
-            let data: Vec<u8> = (0..bytes).map(|i| (i * 7919 >> 3) as u8).collect();
+            let data: Vec<u8> = (0..bytes).map(|i| ((i * 7919) >> 3) as u8).collect();
             let scales = match group {
                 None => Scales::rows(vec![0.01; n]),
                 Some(g) => {

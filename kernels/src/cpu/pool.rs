@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(60);
 /// Looks between two looks at the clock.
 const LOOKS: usize = 32;
+/// Ranges that the tasks of a job are cut into at most: each thread begins with one of its own, and so with tasks that
+/// follow each other.
+const RANGES: usize = 16;
 /// Jobs that can be under way at once. A caller that finds no place does its tasks alone.
 const PLACES: usize = 16;
 
@@ -55,7 +58,8 @@ struct Place {
     /// Workers that came in and did not leave yet.
     inside: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
-    next: AtomicUsize,
+    /// The next task of each range.
+    next: [Next; RANGES],
     done: AtomicUsize,
     /// Whether the caller sleeps until the last task is done and the last worker left.
     waiting: AtomicBool,
@@ -64,11 +68,24 @@ struct Place {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+/// A counter in a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Next(AtomicUsize);
+
 #[derive(Clone, Copy)]
 struct Job {
     /// The caller's closure, which lives until the place is given back.
     task: Task,
     tasks: usize,
+    ranges: usize,
+}
+
+impl Job {
+    /// Where a range begins; the one behind the last is the end.
+    fn start(&self, range: usize) -> usize {
+        self.tasks * range / self.ranges
+    }
 }
 
 // SAFETY: `job` is the only part that is not `Sync`. Its caller alone writes it, before the place opens and after the last
@@ -103,34 +120,37 @@ impl Place {
         self.open.load(Ordering::SeqCst)
     }
 
-    /// Claims and does tasks of a job until none is left.
-    fn work(&self, job: Job) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= job.tasks {
-                // Nobody needs to come in any more.
-                self.open.store(false, Ordering::SeqCst);
-                return;
+    /// Claims and does tasks of a job until none is left, those of range `home` first.
+    fn work(&self, job: Job, home: usize) {
+        for range in (0..job.ranges).map(|i| (home + i) % job.ranges) {
+            let end = job.start(range + 1);
+            loop {
+                let index = self.next[range].0.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
+                // it borrows is alive.
+                let task = unsafe { &*job.task };
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                    lock(&self.panic).get_or_insert(payload);
+                }
+                self.done.fetch_add(1, Ordering::AcqRel);
             }
-            // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
-            // it borrows is alive.
-            let task = unsafe { &*job.task };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
-                lock(&self.panic).get_or_insert(payload);
-            }
-            self.done.fetch_add(1, Ordering::AcqRel);
         }
+        // Nobody needs to come in any more.
+        self.open.store(false, Ordering::SeqCst);
     }
 
     /// A worker's visit: comes in if the place is open, works, leaves.
-    fn visit(&self) {
+    fn visit(&self, home: usize) {
         self.inside.fetch_add(1, Ordering::SeqCst);
         // Seen open after coming in, the place cannot be given back before this worker leaves: its caller closes it
         // first and waits until nobody is inside.
         if self.open.load(Ordering::SeqCst) {
             // SAFETY: see above; the opening made the caller's write visible.
             if let Some(job) = unsafe { *self.job.get() } {
-                self.work(job);
+                self.work(job, home);
             }
         }
         self.inside.fetch_sub(1, Ordering::SeqCst);
@@ -157,7 +177,7 @@ impl Place {
 
 impl Shared {
     /// A worker's life: do what is posted, look shortly for more, sleep.
-    fn serve(&self) {
+    fn serve(&self, home: usize) {
         loop {
             let seen = self.posted.load(Ordering::SeqCst);
             if self.stop.load(Ordering::SeqCst) {
@@ -165,7 +185,7 @@ impl Shared {
             }
             let mut found = false;
             for place in self.places.iter().filter(|place| place.has_unclaimed()) {
-                place.visit();
+                place.visit(home);
                 found = true;
             }
             let is_new = || self.posted.load(Ordering::SeqCst) != seen;
@@ -213,7 +233,7 @@ impl ThreadPool {
         let mut handles = Vec::new();
         for index in 1..wanted {
             let shared = Arc::clone(&shared);
-            match std::thread::Builder::new().name(format!("candor-cpu-{index}")).spawn(move || shared.serve()) {
+            match std::thread::Builder::new().name(format!("candor-cpu-{index}")).spawn(move || shared.serve(index)) {
                 Ok(handle) => handles.push(handle),
                 Err(error) => {
                     log::warn!("thread pool: {index} of {wanted} threads only: {error}");
@@ -249,14 +269,16 @@ impl ThreadPool {
         // SAFETY: only the lifetime changes. Workers call the closure for claimed, uncounted tasks only, and this
         // function does not return (nor unwind) before all tasks are counted.
         let task: Task = unsafe { std::mem::transmute(borrowed) };
-        let job = Job { task, tasks };
+        let job = Job { task, tasks, ranges: self.threads().min(tasks).min(RANGES) };
         // SAFETY: the place is this caller's, closed, and nobody is inside: so its last caller left it.
         unsafe { *place.job.get() = Some(job) };
-        place.next.store(0, Ordering::Relaxed);
+        for (range, next) in place.next.iter().enumerate().take(job.ranges) {
+            next.0.store(job.start(range), Ordering::Relaxed);
+        }
         place.done.store(0, Ordering::Relaxed);
         place.open.store(true, Ordering::SeqCst);
         shared.post(tasks);
-        place.work(job);
+        place.work(job, 0);
         place.wait(tasks);
         let payload = lock(&place.panic).take();
         place.taken.store(false, Ordering::Release);

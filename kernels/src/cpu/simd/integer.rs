@@ -4,14 +4,11 @@
 //! add to a sum is taken off again before it starts, from the sums of the activations.
 #![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
+use super::portable::f16_to_f32;
 use super::{Portable, Simd};
 
 /// What is added to a 4-bit value: codes are multiplied as they are stored.
 pub(crate) const OFFSET4: i32 = 8;
-
-/// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
-#[cfg(target_arch = "x86_64")]
-pub(crate) const AHEAD: usize = 8192;
 
 /// Work that can be compiled for every instruction set that multiplies bytes.
 pub(crate) trait IntegerOperation {
@@ -35,11 +32,6 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// Runs code with the instruction set switched on.
     fn enter<O: IntegerOperation>(self, operation: O) -> O::Output;
     fn float(self) -> Self::Float;
-    /// Has the memory fetch what soon follows the start of `from`, where that was found to help.
-    #[inline(always)]
-    fn fetch_ahead(self, from: &[u8]) {
-        let _ = from;
-    }
     /// `4 · LANES` bytes as they are.
     fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// The first four bytes, in every lane.
@@ -90,6 +82,16 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     fn to_float(self, sums: Self::Sums) -> <Self::Float as Simd>::Vector;
     /// Lane `i` is `from[i / each]`.
     fn spread(self, from: &[f32], each: usize) -> <Self::Float as Simd>::Vector;
+    /// As `spread`, of IEEE halves.
+    #[inline(always)]
+    fn spread_halves(self, from: &[u16], each: usize) -> <Self::Float as Simd>::Vector {
+        let mut wide = [0.0; 4];
+        let count = lanes::<Self>().div_ceil(each);
+        for (wide, half) in wide.iter_mut().zip(&from[..count]) {
+            *wide = f16_to_f32(*half);
+        }
+        self.spread(&wide, each)
+    }
 }
 
 /// f32 of a vector of the set.

@@ -121,6 +121,15 @@ macro_rules! bytes_of_two_registers {
             // SAFETY: `self` exists, so the instructions are there.
             unsafe { [vdupq_n_f32(from[0]), vdupq_n_f32(second)] }
         }
+        #[inline(always)]
+        fn spread_halves(self, from: &[u16], each: usize) -> [float32x4_t; 2] {
+            let second = if each >= 8 { from[0] } else { from[1] };
+            // SAFETY: `self` exists, so the instructions are there.
+            unsafe {
+                let wide = self.float().widen(vcreate_u16(u64::from(from[0]) | u64::from(second) << 16));
+                [vdupq_laneq_f32::<0>(wide), vdupq_laneq_f32::<1>(wide)]
+            }
+        }
     };
 }
 
