@@ -165,7 +165,7 @@ impl Dots<'_> {
     ) {
         let codes = self.layer.codes;
         let bytes_a_block = BLOCK * BITS / 8;
-        let a_block = if EACH == 0 { 0 } else { BLOCK * BITS / 32 / EACH };
+        let a_block = (BLOCK * BITS / 32).checked_div(EACH).unwrap_or(0);
         let mut weights: [&[u8]; O] = [&[]; O];
         let mut of_rows: [&[E]; O] = [&[]; O];
         for o in 0..O {
