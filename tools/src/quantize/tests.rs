@@ -3,11 +3,13 @@ use std::path::Path;
 
 use candor::model::{LanguageModel, Model, Piece};
 use candor::weights::Checkpoint;
+use candor_kernels::Device;
 use candor_kernels::cpu::CpuDevice;
 use clap::Parser;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use super::observe::{Known, Observer};
 use super::*;
 use crate::synthesize::tests::tiny_folder;
 
@@ -29,7 +31,11 @@ fn quantise(model: &Path, output: &Path, more: &str) -> anyhow::Result<()> {
 
 /// Logits behind a prompt and a window of frames, computed exactly.
 fn logits(folder: &Path) -> Vec<f32> {
-    let mut model = Model::open(folder, CpuDevice::new(Some(1)).exact()).unwrap();
+    logits_on(folder, CpuDevice::new(Some(1)).exact())
+}
+
+fn logits_on<D: Device>(folder: &Path, device: D) -> Vec<f32> {
+    let mut model = Model::open(folder, device).unwrap();
     let side = model.config().vision.image;
     let frames: Vec<Vec<u8>> =
         (0..2).map(|frame| (0..side * side * 3).map(|i| (i * 7 + frame * 50) as u8).collect()).collect();
@@ -123,6 +129,41 @@ fn bytes_of_rows_stay_what_they_are() {
         let (before, after) = (before.tensor(name).unwrap().to_f32(), after.tensor(name).unwrap().to_f32());
         assert!(stored::relative_error(&after, &before) < 1e-2, "{name}");
     }
+}
+
+#[test]
+fn an_observer_sees_inputs_and_exchanges_weights() {
+    let (model, place) = (tiny_folder("f16"), tempfile::tempdir().unwrap());
+    let out = place.path().join("out");
+    quantise(model.path(), &out, "--weights int4").unwrap();
+    let (before, after) = (Checkpoint::open(model.path()).unwrap(), Checkpoint::open(&out).unwrap());
+    let names: Vec<&str> = before.names().filter(|name| after.tensor(name).unwrap().dtype().is_scaled()).collect();
+    let place = |wanted: &str| names.iter().position(|name| *name == wanted).unwrap();
+    let observer = |exchange: bool| {
+        let known = names.iter().map(|name| Known {
+            tensor: before.tensor(name).unwrap(),
+            replacement: exchange.then(|| after.tensor(name).unwrap()),
+            wanted: true,
+        });
+        Observer::new(CpuDevice::new(Some(1)).exact(), known.collect())
+    };
+    let plain = observer(false);
+    assert_eq!(logits_on(model.path(), plain.clone()), logits(model.path()));
+    assert_eq!(logits_on(model.path(), observer(true)), logits(&out));
+
+    // The prompt's three tokens and two frames of four, and the one that is appended.
+    let [gate, up] = ["gate", "up"].map(|name| place(&format!("model.layers.0.mlp.{name}_proj.weight")));
+    let inputs = plain.inputs(gate).unwrap();
+    assert_eq!((inputs.rows, inputs.sums.len()), (2 * 4 + 3 + 1, 96 * 96));
+    assert_eq!(plain.inputs(up).unwrap(), inputs, "layers of one input share its sums");
+    for i in 0..96 {
+        assert!(inputs.sums[i * 96 + i] >= 0.0);
+        (0..i).for_each(|j| assert!((inputs.sums[i * 96 + j] - inputs.sums[j * 96 + i]).abs() < 1e-3));
+    }
+    let order = plain.order();
+    let first = |name: &str| order.iter().position(|&index| names[index].contains(name)).unwrap();
+    assert!(first("vision_tower") < first("mm_projector") && first("model.layers.0.") < first("model.layers.1."));
+    assert!(!order.iter().any(|&index| names[index].contains("audio")), "no sound was heard");
 }
 
 #[test]
