@@ -6,10 +6,10 @@ PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
-.PHONY: help setup build test demo bench lint check-docs check-browser
+.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: ## install what is missing (GStreamer and its development files, by apt)
@@ -20,6 +20,10 @@ build: setup ## build the command line, target/release/candor
 
 test: setup ## run every test
 	@scripts/test.sh
+
+test-arm64: ## run the kernels' tests for 64-bit ARM under qemu (installs compilers and qemu by apt)
+	@scripts/setup-arm64.sh
+	@scripts/test-arm64.sh
 
 demo: build ## run the default model over demo/sad-to-happy.mp4 and write demo.html
 	$(candor) watch --html demo.html demo/sad-to-happy.mp4

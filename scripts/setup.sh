@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what a build, the tests and the demo need on Debian 12, Ubuntu 22.04 or later. Does nothing where all of it
 # is there already; on other systems it says what to install. `setup.sh browser` does the same for the browser that
-# `make check-browser` drives.
+# `make check-browser` drives, `setup.sh packages NAME...` for the packages of these names.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -21,6 +21,10 @@ if [ "${1-}" = browser ]; then
         if command -v "$browser" >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi
     done
     packages="chromium chromium-driver"
+elif [ "${1-}" = packages ]; then
+    shift
+    packages=$*
+    set -- packages
 fi
 
 # The Rust toolchain is the user's own: it is checked, never installed.
@@ -46,7 +50,8 @@ if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
     $as_root apt-get update -qq || fail "apt-get update failed (its messages stand above)"
     # The words of $missing are package names from the list above.
     # shellcheck disable=SC2086
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends --no-remove $missing \
+        >/dev/null ||
         fail "apt-get could not install$missing (its messages stand above)"
     exit 0
 fi
@@ -55,6 +60,7 @@ fi
   Fedora         chromium chromedriver
   Arch Linux     chromium
   macOS (brew)   chromium, chromedriver"
+[ "${1-}" != packages ] || fail "this needs apt-get to install: $packages"
 command -v cc >/dev/null || fail "a C linker (cc) was not found: install gcc or clang"
 command -v pkg-config >/dev/null || fail "pkg-config was not found: install it (pkg-config or pkgconf)"
 for library in gstreamer-1.0 gstreamer-app-1.0 gstreamer-video-1.0; do

@@ -1,6 +1,6 @@
 //! Checks of sizes that every device makes before it touches memory.
 
-use crate::device::{DeviceError, Result, Unfold};
+use crate::device::{AttentionShape, DeviceError, Result, Unfold};
 
 /// The product of `dims`, if `actual` elements are at least as many.
 pub(crate) fn at_least(op: &'static str, what: &'static str, actual: usize, dims: &[usize]) -> Result<usize> {
@@ -52,4 +52,14 @@ pub(crate) fn unfold(unfold: &Unfold) -> Result<[usize; 3]> {
 
 fn product(dims: &[usize]) -> Option<usize> {
     dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+}
+
+/// Refuses an attention without keys, whose heads do not go into each other, or that cannot be causal.
+pub(crate) fn attention(op: &'static str, shape: &AttentionShape) -> Result<()> {
+    let &AttentionShape { queries, keys, heads, key_heads, causal, .. } = shape;
+    argument(op, keys > 0, || "there are no keys".to_owned())?;
+    argument(op, key_heads > 0 && heads.is_multiple_of(key_heads), || {
+        format!("{heads} heads cannot share {key_heads} key heads")
+    })?;
+    argument(op, !causal || queries <= keys, || format!("{queries} queries of {keys} keys cannot be causal"))
 }

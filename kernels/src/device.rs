@@ -80,6 +80,32 @@ pub struct AttentionShape {
     pub causal: bool,
     /// Factor on q·k, mostly `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Queries and keys may be rounded to bytes (see [`Device::in_bytes`]). In a cache of bytes they are anyway.
+    pub rounded: bool,
+}
+
+/// How a key-value cache keeps its elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CacheType {
+    /// f32.
+    F32,
+    /// f16.
+    F16,
+    /// Signed bytes with one f32 scale a head and position; keys without a mean that softmax does not see.
+    I8,
+}
+
+impl CacheType {
+    /// Bytes that a key and a value of one position take in a layer.
+    pub fn position_bytes(self, key_heads: usize, head_dim: usize) -> usize {
+        let head = match self {
+            CacheType::F32 => size_of::<f32>() * head_dim,
+            CacheType::F16 => size_of::<u16>() * head_dim,
+            CacheType::I8 => head_dim + size_of::<f32>(),
+        };
+        2 * key_heads * head
+    }
 }
 
 /// How [`Device::unfold`] walks over a channels-last volume. Axes are (time, row, column).
@@ -121,6 +147,8 @@ impl Unfold {
 pub trait Device: Clone + Send + Sync + 'static {
     /// f32 activations on the device.
     type Buffer: Send + Sync;
+    /// Keys and values of one layer.
+    type Cache: Send + Sync;
     /// A weight ready for use: on the CPU a view of the mapped file, elsewhere an upload.
     type Weight: Clone + Send + Sync;
 
@@ -222,6 +250,34 @@ pub trait Device: Clone + Send + Sync + 'static {
         q: &Self::Buffer,
         k: &Self::Buffer,
         v: &Self::Buffer,
+        shape: AttentionShape,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Whether products with this weight are made of bytes: then those of attention may be too.
+    fn in_bytes(&self, weight: &Self::Weight) -> bool {
+        let _ = weight;
+        false
+    }
+    /// An empty cache for `capacity` positions of `key_heads` heads.
+    fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<Self::Cache>;
+    /// Puts k and v, `[rows, key_heads · head_dim]`, at positions `first ..`. Positions are written in their order; position
+    /// 0 begins a sequence.
+    fn cache_write(
+        &self,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        rows: usize,
+        cache: &mut Self::Cache,
+        first: usize,
+    ) -> Result<()>;
+    /// Makes the first `positions` positions those of another cache of the same type, heads and width.
+    fn cache_copy(&self, from: &Self::Cache, to: &mut Self::Cache, positions: usize) -> Result<()>;
+    /// [`Device::attention`] of one sequence to the first `shape.keys` positions of a cache.
+    fn cache_attention(
+        &self,
+        q: &Self::Buffer,
+        cache: &Self::Cache,
         shape: AttentionShape,
         out: &mut Self::Buffer,
     ) -> Result<()>;

@@ -9,6 +9,6 @@ pub mod device;
 pub mod scales;
 pub mod tensor;
 
-pub use device::{Activation, AttentionShape, Device, DeviceError, Unfold};
+pub use device::{Activation, AttentionShape, CacheType, Device, DeviceError, Unfold};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

@@ -447,7 +447,8 @@ fn attention() {
         ];
         for (batch, queries, keys, heads, key_heads, head_dim, causal) in shapes {
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale };
+            let shape =
+                AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: false };
             let q = t.numbers(batch * queries * heads * head_dim);
             // Caches longer than they are filled.
             let (k, v) = (
@@ -487,6 +488,7 @@ fn attention() {
             head_dim: 4,
             causal: true,
             scale: 0.5,
+            rounded: false,
         };
         let (q, k) = (t.buffer(&[0.0; 16]), t.buffer(&[0.0; 12]));
         let mut out = t.output(16);

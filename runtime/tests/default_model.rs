@@ -79,21 +79,35 @@ fn the_models_are_sealed_and_small() {
 #[test]
 fn the_benchmark_gives_every_figure() {
     let report: Value =
-        serde_json::from_str(&candor(&["bench", "--runs", "1", "--tokens", "4", "--json"])).expect("JSON");
-    for figure in [
-        "/open/ms",
-        "/vision/frames_per_s",
-        "/projector/ms",
-        "/prefill/tokens_per_s",
-        "/decode/tokens_per_s",
-        "/decode/gb_s",
-        "/decode/read_roof_percent",
-        "/verifier/sentences_per_s",
-        "/window/ms",
-        "/read_roof_gb_s",
-        "/peak_rss_mb",
-    ] {
-        let value = report.pointer(figure).and_then(Value::as_f64);
-        assert!(value.is_some_and(|value| value.is_finite() && value > 0.0), "{figure} is {value:?} in {report}");
+        serde_json::from_str(&candor(&["bench", "--repeat", "2", "--tokens", "4", "--json"])).expect("JSON");
+    let positive = |figure: Option<&Value>| figure.and_then(Value::as_f64).is_some_and(|v| v.is_finite() && v > 0.0);
+    for figure in ["read_roof_gb_s", "compute_roof_gflop_s", "peak_rss_mb"] {
+        assert!(positive(report.get(figure)), "{figure} in {report}");
     }
+    for (name, more) in [
+        ("open", &["mb"][..]),
+        ("vision", &["gflop_s", "compute_roof_percent"]),
+        ("projector", &["gb_s"]),
+        ("prefill", &["gflop_s", "compute_roof_percent"]),
+        ("decode", &["positions", "gb_s", "read_roof_percent"]),
+        ("verifier", &["gflop_s"]),
+        ("window", &[]),
+    ] {
+        let stages = report["stages"].as_array().expect("stages");
+        let stage = stages.iter().find(|stage| stage["stage"] == name).expect(name);
+        for figure in ["ms", "count", "per_s", "rss_mb"].iter().chain(more) {
+            assert!(positive(stage.get(figure)), "{figure} of {stage}");
+        }
+        assert_eq!(stage["runs_ms"].as_array().map(Vec::len), Some(2), "{stage}");
+    }
+}
+
+#[test]
+fn the_benchmark_times_what_is_asked_for() {
+    let asked = "bench --stages prefill,decode --prompt 7,130 --positions 20 --repeat 1 --tokens 2 --json --threads 1";
+    let report: Value = serde_json::from_str(&candor(&asked.split(' ').collect::<Vec<_>>())).expect("JSON");
+    let stages = report["stages"].as_array().expect("stages").iter();
+    let found: Vec<_> = stages.map(|s| (s["stage"].as_str().unwrap_or_default(), s["count"].as_u64())).collect();
+    assert_eq!(found, [("open", Some(1)), ("prefill", Some(7)), ("prefill", Some(130)), ("decode", Some(2))]);
+    assert_eq!((&report["stages"][3]["positions"], &report["threads"]), (&20.into(), &1.into()));
 }

@@ -64,10 +64,25 @@ fn a_wrong_command_line_ends_with_2() {
     assert!(failure(2, &[]).contains("Usage"));
     assert!(failure(2, &["wacth"]).contains("wacth"));
     assert!(failure(2, &["verify", "--emotion", "calm"]).contains("happiness"));
-    assert!(failure(2, &["bench", "--runs", "0"]).contains("--runs"));
+    assert!(failure(2, &["bench", "--repeat", "0"]).contains("--repeat"));
+    assert!(failure(2, &["bench", "--stages", "decode,hearing"]).contains("prefill"));
+    assert!(failure(2, &["bench", "--prompt", "128,0"]).contains("--prompt"));
+    assert!(failure(2, &["bench", "--positions", "-1"]).contains("-1"));
+    assert!(failure(2, &["bench", "--threads", "0"]).contains("--threads"));
     assert!(failure(2, &["bench", "--tokens", "many"]).contains("--tokens"));
     assert!(failure(2, &["trace", "--model", "x"]).contains("--inputs"));
     assert!(failure(2, &["model"]).contains("seal"));
+}
+
+#[test]
+fn a_benchmark_that_the_model_is_not_made_for_is_refused() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/default");
+    let model = model.to_str().expect("UTF-8");
+    let bench = |more: &[&str]| failure(1, &[&["bench", "--repeat", "1", "--model", model], more].concat());
+    assert!(bench(&["--stages", "audio"]).contains("no audio tower"));
+    assert!(bench(&["--stages", "decode", "--positions", "1000", "--tokens", "25"]).contains("1024 positions"));
+    assert!(bench(&["--stages", "prefill", "--prompt", "2000"]).contains("--prompt"));
+    assert!(bench(&["--stages", "verifier", "--verifier", "nowhere"]).contains("nowhere"));
 }
 
 #[test]

@@ -27,7 +27,34 @@ pub(crate) struct Inputs<'a> {
     pub(crate) q: &'a [f32],
     pub(crate) k: &'a [f32],
     pub(crate) v: &'a [f32],
+    pub(crate) strides: Strides,
     pub(crate) shape: AttentionShape,
+}
+
+/// Elements between the keys (and values) of a head, and between the heads.
+#[derive(Clone, Copy)]
+pub(crate) struct Strides {
+    pub(crate) key: usize,
+    pub(crate) head: usize,
+}
+
+/// Halves as f32.
+pub(crate) fn widen_f16(level: Level, from: &[u16], to: &mut [f32]) {
+    struct Widen<'a>(&'a [u16], &'a mut [f32]);
+    impl Operation for Widen<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let whole = self.0.len() / S::LANES * S::LANES;
+            for (from, to) in self.0.chunks_exact(S::LANES).zip(self.1.chunks_exact_mut(S::LANES)) {
+                simd.store(simd.load_f16(from), to);
+            }
+            for (from, to) in self.0[whole..].iter().zip(&mut self.1[whole..]) {
+                *to = half::f16::from_bits(*from).to_f32();
+            }
+        }
+    }
+    level.run(Widen(from, to));
 }
 
 /// Attention over buffers of just the sizes of the shape, none of them empty; with `causal` there are at least as many
@@ -39,11 +66,11 @@ pub(crate) fn attention(
     inputs: Inputs<'_>,
     out: &mut [f32],
 ) -> Result<()> {
-    let Inputs { q, k, v, shape } = inputs;
+    let Inputs { q, k, v, strides, shape } = inputs;
     let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
     let blocks = queries.div_ceil(QUERY_BLOCK);
     let block = queries.div_ceil(blocks);
-    let (q_width, k_width) = (heads * head_dim, key_heads * head_dim);
+    let (q_width, k_width) = (heads * head_dim, strides.key);
     let shared = SharedSlice::new(out);
     let failed = OnceLock::new();
     let small = q.len().saturating_mul(keys) < GRAIN;
@@ -54,8 +81,8 @@ pub(crate) fn attention(
         let part = HeadPart {
             shape,
             q: &q[(sequence * queries * heads + head) * head_dim..],
-            k: &k[(sequence * keys * key_heads + key_head) * head_dim..],
-            v: &v[(sequence * keys * key_heads + key_head) * head_dim..],
+            k: &k[sequence * keys * key_heads * head_dim + key_head * strides.head..],
+            v: &v[sequence * keys * key_heads * head_dim + key_head * strides.head..],
             first,
             count: block.min(queries - first),
         };

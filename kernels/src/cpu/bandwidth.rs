@@ -1,7 +1,7 @@
 //! What this machine's memory gives: the roof that decoding speed is measured against.
 
 use crate::cpu::pool::ThreadPool;
-use crate::cpu::simd::{Level, Operation, Simd};
+use crate::cpu::simd::{Level, Operation, Simd, fetch_ahead};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -39,7 +39,9 @@ impl Operation for Sum<'_> {
         let mut sums = [simd.splat(0.0); 8];
         for block in self.0.chunks_exact(8 * S::LANES) {
             for i in 0..8 {
-                sums[i] = simd.add(sums[i], simd.load(&block[i * S::LANES..]));
+                let at = &block[i * S::LANES..];
+                fetch_ahead(at);
+                sums[i] = simd.add(sums[i], simd.load(at));
             }
         }
         sums.into_iter().map(|sum| simd.sum(sum)).sum()

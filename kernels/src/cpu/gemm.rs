@@ -170,12 +170,15 @@ pub(crate) fn product_at<B: Columns>(
         product(F32Tile::<_, 6, 2, 16> { simd }, pool, a, b, c, accumulate, finish);
         return;
     }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(simd) = level.neon() {
+        // 24 registers of sums, 2 of B and 3 of A.
+        product(F32Tile::<_, 12, 1, 8> { simd }, pool, a, b, c, accumulate, finish);
+        return;
+    }
     let _ = (level, precision); // there is but one way left
-    product(F32Tile::<_, PORTABLE_ROWS, 1, 8> { simd: Portable }, pool, a, b, c, accumulate, finish);
+    product(F32Tile::<_, 4, 1, 8> { simd: Portable }, pool, a, b, c, accumulate, finish);
 }
-
-/// NEON has 32 registers, SSE2 has 16.
-const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
 
 /// The innermost product: a register tile of C from a panel of A and a panel of B.
 ///
@@ -274,17 +277,12 @@ impl<S: Simd, const R: usize, const V: usize, const N: usize> Tile for F32Tile<S
     fn multiply(self, a: &[f32], b: &[f32], out: &mut [f32; MAX_TILE]) {
         let simd = self.simd;
         let mut sums = [[simd.splat(0.0); V]; R];
-        for (a, b) in a.chunks_exact(R).zip(b.chunks_exact(N)) {
+        for (a, b) in a.as_chunks::<R>().0.iter().zip(b.chunks_exact(N)) {
             let mut columns = [simd.splat(0.0); V];
             for v in 0..V {
                 columns[v] = simd.load(&b[v * S::LANES..]);
             }
-            for r in 0..R {
-                let row = simd.splat(a[r]);
-                for v in 0..V {
-                    sums[r][v] = simd.mul_add(row, columns[v], sums[r][v]);
-                }
-            }
+            simd.add_products(&mut sums, a, columns);
         }
         for r in 0..R {
             for v in 0..V {

@@ -2,8 +2,10 @@
 //!
 //! This file checks sizes and hands each operation to the file of its family.
 
+mod arithmetic;
 mod attention;
 mod bandwidth;
+mod cache;
 mod convolution;
 mod elementwise;
 pub mod gemm;
@@ -16,11 +18,13 @@ mod quantised;
 mod simd;
 mod stored;
 
+pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
+pub use cache::CpuCache;
 
 use crate::check;
-use crate::device::{Activation, AttentionShape, Device, DeviceError, Result, Unfold};
-use crate::tensor::HostTensor;
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::tensor::{DType, HostTensor};
 use pool::ThreadPool;
 use simd::Level;
 use std::borrow::Cow;
@@ -83,6 +87,14 @@ impl CpuDevice {
     }
 }
 
+/// Memory for `len` elements, or an error where the system has none.
+fn zeros<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
+    let mut data = Vec::new();
+    data.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) })?;
+    data.resize(len, T::default());
+    Ok(data)
+}
+
 /// A bias of `outputs` elements as f32.
 fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) -> Result<Option<Cow<'a, [f32]>>> {
     let Some(bias) = bias else { return Ok(None) };
@@ -93,6 +105,7 @@ fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) ->
 impl Device for CpuDevice {
     type Buffer = CpuBuffer;
     type Weight = CpuWeight;
+    type Cache = CpuCache;
 
     fn describe(&self) -> String {
         let exact = if self.exact { ", exact" } else { "" };
@@ -100,11 +113,7 @@ impl Device for CpuDevice {
     }
 
     fn allocate(&self, len: usize) -> Result<CpuBuffer> {
-        let mut data = Vec::new();
-        data.try_reserve_exact(len)
-            .map_err(|_| DeviceError::OutOfMemory { bytes: len.saturating_mul(size_of::<f32>()) })?;
-        data.resize(len, 0.0);
-        Ok(CpuBuffer(data))
+        Ok(CpuBuffer(zeros(len)?))
     }
 
     fn len(&self, buffer: &CpuBuffer) -> usize {
@@ -138,7 +147,13 @@ impl Device for CpuDevice {
     }
 
     fn weight(&self, tensor: &HostTensor) -> Result<CpuWeight> {
-        Ok(CpuWeight(tensor.clone()))
+        /// Norms and biases are read in f32 again and again, and take next to nothing.
+        const SMALL: usize = 64 * 1024;
+        if tensor.dtype() == DType::F32 || tensor.dtype().is_scaled() || tensor.elements() > SMALL {
+            return Ok(CpuWeight(tensor.clone()));
+        }
+        let wide = HostTensor::from_f32(&tensor.to_f32(), tensor.shape());
+        Ok(CpuWeight(wide.unwrap_or_else(|_| tensor.clone())))
     }
 
     fn embed(&self, table: &CpuWeight, ids: &[u32], out: &mut CpuBuffer, offset: usize) -> Result<()> {
@@ -300,7 +315,7 @@ impl Device for CpuDevice {
         shape: AttentionShape,
         out: &mut CpuBuffer,
     ) -> Result<()> {
-        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, .. } = shape;
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
         let q_len = check::at_least("attention", "q", q.0.len(), &[batch, queries, heads, head_dim])?;
         let k_len = check::at_least("attention", "k", k.0.len(), &[batch, keys, key_heads, head_dim])?;
         check::at_least("attention", "v", v.0.len(), &[k_len])?;
@@ -308,15 +323,67 @@ impl Device for CpuDevice {
         if q_len == 0 {
             return Ok(());
         }
-        check::argument("attention", keys > 0, || "there are no keys".to_owned())?;
-        check::argument("attention", key_heads > 0 && heads.is_multiple_of(key_heads), || {
-            format!("{heads} heads cannot share {key_heads} key heads")
+        check::attention("attention", &shape)?;
+        let (q, k, v, out) = (&q.0[..q_len], &k.0[..k_len], &v.0[..k_len], &mut out.0[..q_len]);
+        if shape.rounded && !self.exact && head_dim <= quantised::attention::WIDEST_HEAD {
+            quantised::attention::attention(
+                self.level,
+                &self.pool,
+                quantised::attention::Inputs { q, k, v, shape },
+                out,
+            );
+            return Ok(());
+        }
+        let strides = attention::Strides { key: key_heads * head_dim, head: head_dim };
+        attention::attention(self.level, &self.pool, &self.serial, attention::Inputs { q, k, v, strides, shape }, out)
+    }
+
+    fn in_bytes(&self, weight: &CpuWeight) -> bool {
+        self.codes(weight).is_some()
+    }
+
+    fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CpuCache> {
+        let wide = kind == CacheType::I8 && head_dim > quantised::attention::WIDEST_HEAD;
+        check::argument("cache", !wide, || {
+            format!("heads of {head_dim} are too wide for bytes; {} is the most", quantised::attention::WIDEST_HEAD)
         })?;
-        check::argument("attention", !causal || queries <= keys, || {
-            format!("{queries} queries of {keys} keys cannot be causal")
+        CpuCache::new(kind, capacity, key_heads, head_dim)
+    }
+
+    fn cache_write(&self, k: &CpuBuffer, v: &CpuBuffer, rows: usize, cache: &mut CpuCache, first: usize) -> Result<()> {
+        let len = check::at_least("cache_write", "k", k.0.len(), &[rows, cache.width()])?;
+        check::at_least("cache_write", "v", v.0.len(), &[len])?;
+        check::range("cache_write", "the cache", cache.capacity(), first, rows)?;
+        cache.write(&k.0, &v.0, rows, first);
+        Ok(())
+    }
+
+    fn cache_copy(&self, from: &CpuCache, to: &mut CpuCache, positions: usize) -> Result<()> {
+        let copied = to.copy_from(from, positions);
+        check::argument("cache_copy", copied, || {
+            format!("{positions} positions do not fit, or the caches are not of one type, heads and width")
+        })
+    }
+
+    fn cache_attention(
+        &self,
+        q: &CpuBuffer,
+        cache: &CpuCache,
+        shape: AttentionShape,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
+        let q_len = check::at_least("cache_attention", "q", q.0.len(), &[queries, heads, head_dim])?;
+        check::at_least("cache_attention", "out", out.0.len(), &[q_len])?;
+        check::range("cache_attention", "the cache", cache.capacity(), 0, keys)?;
+        if q_len == 0 {
+            return Ok(());
+        }
+        check::attention("cache_attention", &shape)?;
+        check::argument("cache_attention", batch == 1 && cache.is_of(key_heads, head_dim), || {
+            format!("{batch} sequences of {key_heads} key heads {head_dim} wide are not what the cache holds")
         })?;
-        let inputs = attention::Inputs { q: &q.0[..q_len], k: &k.0[..k_len], v: &v.0[..k_len], shape };
-        attention::attention(self.level, &self.pool, &self.serial, inputs, &mut out.0[..q_len])
+        cache.attention(self.level, &self.pool, &self.serial, &q.0[..q_len], shape, &mut out.0[..q_len])
     }
 
     fn unfold(&self, x: &CpuBuffer, unfold: Unfold, out: &mut CpuBuffer) -> Result<()> {

@@ -8,7 +8,7 @@ use std::cell::UnsafeCell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,6 +18,17 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(60);
 /// Looks between two looks at the clock.
 const LOOKS: usize = 32;
+/// A wait for the end of a job, beyond what the caller's own part took, that tells of a worker without a core. The system's
+/// time slices are milliseconds.
+const LONG_WAIT: Duration = Duration::from_micros(300);
+/// Long waits that are no further apart than this are not by chance.
+const TOGETHER: Duration = Duration::from_millis(40);
+/// How long a job is then done by one thread fewer; four times as long each time that trying again shows nothing better.
+const PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Ranges that the tasks of a job are cut into at most: each thread begins with one of its own, and so with tasks that
+/// follow each other.
+const RANGES: usize = 16;
 /// Jobs that can be under way at once. A caller that finds no place does its tasks alone.
 const PLACES: usize = 16;
 
@@ -33,6 +44,7 @@ struct Workers {
 }
 
 struct Shared {
+    crowd: Crowd,
     places: [Place; PLACES],
     /// Grows with every job, so that a waiting thread sees new work.
     posted: AtomicUsize,
@@ -41,6 +53,63 @@ struct Shared {
     asleep: Mutex<()>,
     work: Condvar,
     stop: AtomicBool,
+}
+
+/// How many threads take part. A worker whose core somebody else took holds up every job by a time slice, so that two
+/// threads get less done than one: then one fewer takes part, for a while.
+struct Crowd {
+    began: Instant,
+    threads: usize,
+    active: AtomicUsize,
+    /// When to try with one more, in nanoseconds from `began`.
+    again: AtomicU64,
+    /// How long the last pause was meant to be, in nanoseconds.
+    pause: AtomicU64,
+    /// The last long wait.
+    last: AtomicU64,
+}
+
+impl Crowd {
+    fn new(threads: usize) -> Self {
+        let began = Instant::now();
+        let nanoseconds = |time: Duration| AtomicU64::new(time.as_nanos() as u64);
+        let (again, last) = (nanoseconds(Duration::ZERO), nanoseconds(Duration::ZERO));
+        Crowd { began, threads, active: AtomicUsize::new(threads), again, pause: nanoseconds(PAUSE), last }
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64
+    }
+
+    /// Threads that take part in the next job.
+    fn active(&self) -> usize {
+        let active = self.active.load(Ordering::Relaxed);
+        if active == self.threads || self.now() < self.again.load(Ordering::Relaxed) {
+            return active;
+        }
+        self.again.store(self.now() + self.pause.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.active.store(active + 1, Ordering::Relaxed);
+        active + 1
+    }
+
+    /// A job's caller was done after `own`, and all of it `waited` later.
+    fn report(&self, own: Duration, waited: Duration) {
+        if waited < LONG_WAIT + 2 * own {
+            return;
+        }
+        let now = self.now();
+        // One long wait is chance; where a core is taken they come every few time slices.
+        if now.saturating_sub(self.last.swap(now, Ordering::Relaxed)) > TOGETHER.as_nanos() as u64 {
+            return;
+        }
+        let calm = now.saturating_sub(self.again.load(Ordering::Relaxed)) > LONGEST_PAUSE.as_nanos() as u64;
+        let pause = if calm { PAUSE.as_nanos() as u64 } else { 4 * self.pause.load(Ordering::Relaxed) };
+        let pause = pause.min(LONGEST_PAUSE.as_nanos() as u64);
+        self.pause.store(pause, Ordering::Relaxed);
+        self.again.store(now + pause, Ordering::Relaxed);
+        let active = self.active.load(Ordering::Relaxed);
+        self.active.store(active.saturating_sub(1).max(1), Ordering::Relaxed);
+    }
 }
 
 type Task = *const (dyn Fn(usize) + Sync + 'static);
@@ -52,10 +121,13 @@ struct Place {
     taken: AtomicBool,
     /// Whether workers may come in. `job` is written only while it is not open and nobody is inside.
     open: AtomicBool,
+    /// Workers below this number may.
+    wanted: AtomicUsize,
     /// Workers that came in and did not leave yet.
     inside: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
-    next: AtomicUsize,
+    /// The next task of each range.
+    next: [Next; RANGES],
     done: AtomicUsize,
     /// Whether the caller sleeps until the last task is done and the last worker left.
     waiting: AtomicBool,
@@ -64,11 +136,24 @@ struct Place {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+/// A counter in a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Next(AtomicUsize);
+
 #[derive(Clone, Copy)]
 struct Job {
     /// The caller's closure, which lives until the place is given back.
     task: Task,
     tasks: usize,
+    ranges: usize,
+}
+
+impl Job {
+    /// Where a range begins; the one behind the last is the end.
+    fn start(&self, range: usize) -> usize {
+        self.tasks * range / self.ranges
+    }
 }
 
 // SAFETY: `job` is the only part that is not `Sync`. Its caller alone writes it, before the place opens and after the last
@@ -99,38 +184,42 @@ fn spin_until(there: impl Fn() -> bool) -> bool {
 }
 
 impl Place {
-    fn has_unclaimed(&self) -> bool {
-        self.open.load(Ordering::SeqCst)
+    /// Whether there may be something to do for worker `home`.
+    fn wants(&self, home: usize) -> bool {
+        self.open.load(Ordering::SeqCst) && home < self.wanted.load(Ordering::SeqCst)
     }
 
-    /// Claims and does tasks of a job until none is left.
-    fn work(&self, job: Job) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= job.tasks {
-                // Nobody needs to come in any more.
-                self.open.store(false, Ordering::SeqCst);
-                return;
+    /// Claims and does tasks of a job until none is left, those of range `home` first.
+    fn work(&self, job: Job, home: usize) {
+        for range in (0..job.ranges).map(|i| (home + i) % job.ranges) {
+            let end = job.start(range + 1);
+            loop {
+                let index = self.next[range].0.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
+                // it borrows is alive.
+                let task = unsafe { &*job.task };
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                    lock(&self.panic).get_or_insert(payload);
+                }
+                self.done.fetch_add(1, Ordering::AcqRel);
             }
-            // SAFETY: this task is claimed and not yet counted in `done`, so `run` has not returned and the closure
-            // it borrows is alive.
-            let task = unsafe { &*job.task };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
-                lock(&self.panic).get_or_insert(payload);
-            }
-            self.done.fetch_add(1, Ordering::AcqRel);
         }
+        // Nobody needs to come in any more.
+        self.open.store(false, Ordering::SeqCst);
     }
 
     /// A worker's visit: comes in if the place is open, works, leaves.
-    fn visit(&self) {
+    fn visit(&self, home: usize) {
         self.inside.fetch_add(1, Ordering::SeqCst);
         // Seen open after coming in, the place cannot be given back before this worker leaves: its caller closes it
         // first and waits until nobody is inside.
         if self.open.load(Ordering::SeqCst) {
             // SAFETY: see above; the opening made the caller's write visible.
             if let Some(job) = unsafe { *self.job.get() } {
-                self.work(job);
+                self.work(job, home);
             }
         }
         self.inside.fetch_sub(1, Ordering::SeqCst);
@@ -157,15 +246,15 @@ impl Place {
 
 impl Shared {
     /// A worker's life: do what is posted, look shortly for more, sleep.
-    fn serve(&self) {
+    fn serve(&self, home: usize) {
         loop {
             let seen = self.posted.load(Ordering::SeqCst);
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
             let mut found = false;
-            for place in self.places.iter().filter(|place| place.has_unclaimed()) {
-                place.visit();
+            for place in self.places.iter().filter(|place| place.wants(home)) {
+                place.visit(home);
                 found = true;
             }
             let is_new = || self.posted.load(Ordering::SeqCst) != seen;
@@ -181,17 +270,13 @@ impl Shared {
         }
     }
 
-    /// Tells the workers of a job of several tasks.
-    fn post(&self, tasks: usize) {
+    /// Tells the workers of a job. All that sleep wake, as one alone may not be wanted.
+    fn post(&self) {
         self.posted.fetch_add(1, Ordering::SeqCst);
         let sleeping = self.sleeping.load(Ordering::SeqCst);
         if sleeping > 0 {
             drop(lock(&self.asleep));
-            if tasks > sleeping {
-                self.work.notify_all();
-            } else {
-                (1..tasks).for_each(|_| self.work.notify_one());
-            }
+            self.work.notify_all();
         }
     }
 }
@@ -203,6 +288,7 @@ impl ThreadPool {
         let wanted =
             threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get)).max(1);
         let shared = Arc::new(Shared {
+            crowd: Crowd::new(wanted),
             places: Default::default(),
             posted: AtomicUsize::new(0),
             sleeping: AtomicUsize::new(0),
@@ -213,7 +299,7 @@ impl ThreadPool {
         let mut handles = Vec::new();
         for index in 1..wanted {
             let shared = Arc::clone(&shared);
-            match std::thread::Builder::new().name(format!("candor-cpu-{index}")).spawn(move || shared.serve()) {
+            match std::thread::Builder::new().name(format!("candor-cpu-{index}")).spawn(move || shared.serve(index)) {
                 Ok(handle) => handles.push(handle),
                 Err(error) => {
                     log::warn!("thread pool: {index} of {wanted} threads only: {error}");
@@ -237,7 +323,8 @@ impl ThreadPool {
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
         let shared = &self.workers.shared;
         let free = |place: &&Place| !place.taken.load(Ordering::Relaxed) && !place.taken.swap(true, Ordering::Acquire);
-        let place = match tasks > 1 && self.threads() > 1 {
+        let active = shared.crowd.active().min(tasks);
+        let place = match active > 1 {
             true => shared.places.iter().find(free),
             false => None,
         };
@@ -249,15 +336,21 @@ impl ThreadPool {
         // SAFETY: only the lifetime changes. Workers call the closure for claimed, uncounted tasks only, and this
         // function does not return (nor unwind) before all tasks are counted.
         let task: Task = unsafe { std::mem::transmute(borrowed) };
-        let job = Job { task, tasks };
+        let job = Job { task, tasks, ranges: active.min(RANGES) };
         // SAFETY: the place is this caller's, closed, and nobody is inside: so its last caller left it.
         unsafe { *place.job.get() = Some(job) };
-        place.next.store(0, Ordering::Relaxed);
+        for (range, next) in place.next.iter().enumerate().take(job.ranges) {
+            next.0.store(job.start(range), Ordering::Relaxed);
+        }
         place.done.store(0, Ordering::Relaxed);
+        place.wanted.store(active, Ordering::SeqCst);
         place.open.store(true, Ordering::SeqCst);
-        shared.post(tasks);
-        place.work(job);
+        let begun = Instant::now();
+        shared.post();
+        place.work(job, 0);
+        let own = begun.elapsed();
         place.wait(tasks);
+        shared.crowd.report(own, begun.elapsed() - own);
         let payload = lock(&place.panic).take();
         place.taken.store(false, Ordering::Release);
         if let Some(payload) = payload {

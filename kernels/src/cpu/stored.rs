@@ -35,12 +35,20 @@ unsafe impl Stored for f32 {
 #[repr(transparent)]
 pub(crate) struct F16(u16);
 
+impl F16 {
+    /// The bits of several.
+    #[inline(always)]
+    pub(crate) fn bits(halves: &[F16]) -> &[u16] {
+        // SAFETY: `F16` is transparent over u16.
+        unsafe { std::slice::from_raw_parts(halves.as_ptr().cast(), halves.len()) }
+    }
+}
+
 // SAFETY: every bit pattern is a u16.
 unsafe impl Stored for F16 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, from: &[F16]) -> S::Vector {
-        // SAFETY: `F16` is transparent over u16.
-        simd.load_f16(unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), from.len()) })
+        simd.load_f16(F16::bits(from))
     }
 }
 
@@ -94,7 +102,7 @@ pub(crate) fn values(tensor: &HostTensor) -> Values<'_> {
 }
 
 /// Bytes that [`HostTensor`] found aligned, as elements.
-fn cast<T: Stored>(bytes: &[u8]) -> &[T] {
+pub(crate) fn cast<T: Stored>(bytes: &[u8]) -> &[T] {
     // SAFETY: every bit pattern is a value of a stored type.
     let (before, elements, after) = unsafe { bytes.align_to::<T>() };
     debug_assert!(before.is_empty() && after.is_empty());

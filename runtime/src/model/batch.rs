@@ -4,18 +4,17 @@
 
 use std::sync::Arc;
 
-use candor_kernels::{AttentionShape, Device};
+use candor_kernels::Device;
 
 use super::config::DecoderConfig;
 use super::decoder::{Decoder, Session, Work};
 use super::rows::allocate;
 use super::{DecodeError, LanguageModel, ModelError};
 
-/// One sequence: its length and its cache, `[capacity, key heads · head_dim]` a layer.
+/// One sequence: its length and its caches, one a layer.
 struct Slot<D: Device> {
     position: usize,
-    keys: Vec<D::Buffer>,
-    values: Vec<D::Buffer>,
+    caches: Vec<D::Cache>,
 }
 
 /// Slots for sequences. All memory is taken when it is made.
@@ -24,30 +23,28 @@ pub struct Batch<D: Device> {
     capacity: usize,
     slots: Vec<Slot<D>>,
     work: Work<D>,
-    /// One row of queries, keys, and what is attended to.
-    row: [D::Buffer; 3],
+    /// One row of queries, keys, values, and what is attended to.
+    row: [D::Buffer; 4],
     head_out: D::Buffer,
     logits: Vec<f32>,
 }
 
 impl<D: Device> Batch<D> {
     pub(super) fn new(decoder: Arc<Decoder<D>>, slots: usize, capacity: usize) -> Result<Self, ModelError> {
-        let DecoderConfig { layers, head_dim, heads, key_heads, vocabulary, positions, .. } = *decoder.config();
+        let DecoderConfig { head_dim, heads, key_heads, vocabulary, positions, .. } = *decoder.config();
         if capacity == 0 || capacity > positions || slots == 0 {
             let reason =
                 format!("{slots} slots of {capacity} positions; 1 and up of 1 to {positions} positions are possible");
             return Err(ModelError::input("batch", reason));
         }
         let device = decoder.device();
-        let cache =
-            || (0..layers).map(|_| allocate(device, &[capacity, key_heads, head_dim])).collect::<Result<_, _>>();
-        let slot = || Ok::<_, ModelError>(Slot { position: 0, keys: cache()?, values: cache()? });
+        let slot = || Ok::<_, ModelError>(Slot { position: 0, caches: decoder.caches(capacity)? });
         let row = |heads: usize| allocate(device, &[heads, head_dim]);
         Ok(Batch {
             capacity,
             slots: (0..slots).map(|_| slot()).collect::<Result<_, _>>()?,
             work: decoder.work(slots)?,
-            row: [row(heads)?, row(key_heads)?, row(heads)?],
+            row: [row(heads)?, row(key_heads)?, row(key_heads)?, row(heads)?],
             head_out: allocate(device, &[slots, vocabulary])?,
             logits: vec![0.0; slots * vocabulary],
             decoder,
@@ -78,7 +75,6 @@ impl<D: Device> Batch<D> {
 
     /// Makes a slot a copy of what a session's cache holds.
     pub fn copy_from(&mut self, session: &Session<D>, slot: usize) -> Result<(), ModelError> {
-        let DecoderConfig { head_dim, key_heads, .. } = *self.decoder.config();
         let slots = self.slots.len();
         let Some(own) = self.slots.get_mut(slot) else {
             return Err(ModelError::input("batch", format!("slot {slot} of {slots}")));
@@ -88,10 +84,8 @@ impl<D: Device> Batch<D> {
             return Err(DecodeError::Full { capacity: self.capacity, needed: position }.into());
         }
         let device = self.decoder.device();
-        for (layer, (keys, values)) in own.keys.iter_mut().zip(&mut own.values).enumerate() {
-            let (from_keys, from_values) = session.cache(layer);
-            device.copy(from_keys, 0, keys, 0, position * key_heads * head_dim)?;
-            device.copy(from_values, 0, values, 0, position * key_heads * head_dim)?;
+        for (cache, from) in own.caches.iter_mut().zip(session.caches()) {
+            device.cache_copy(from, cache, position)?;
         }
         own.position = position;
         Ok(())
@@ -117,31 +111,21 @@ impl<D: Device> Batch<D> {
             return Err(DecodeError::NoTokens.into());
         }
         let ids: Vec<u32> = tokens.iter().map(|token| token.1).collect();
-        let Batch { decoder, slots, work, row: [one_query, one_key, one_out], .. } = self;
+        let Batch { decoder, slots, work, row: [one_query, one_key, one_value, one_out], .. } = self;
         decoder.embed(&ids, work, 0)?;
         let device = decoder.device();
         let (query_width, key_width) = (heads * head_dim, key_heads * head_dim);
         decoder.forward(work, rows, |layer, work| {
             for (row, &(slot, _)) in tokens.iter().enumerate() {
-                let Slot { position, keys, values } = &mut slots[slot];
-                let (position, keys, values) = (*position, &mut keys[layer], &mut values[layer]);
+                let Slot { position, caches } = &mut slots[slot];
+                let (position, cache) = (*position, &mut caches[layer]);
                 device.copy(&work.query, row * query_width, one_query, 0, query_width)?;
                 device.copy(&work.key, row * key_width, one_key, 0, key_width)?;
+                device.copy(&work.value, row * key_width, one_value, 0, key_width)?;
                 device.rope(one_query, 1, heads, head_dim, position, theta)?;
                 device.rope(one_key, 1, key_heads, head_dim, position, theta)?;
-                device.copy(one_key, 0, keys, position * key_width, key_width)?;
-                device.copy(&work.value, row * key_width, values, position * key_width, key_width)?;
-                let shape = AttentionShape {
-                    batch: 1,
-                    queries: 1,
-                    keys: position + 1,
-                    heads,
-                    key_heads,
-                    head_dim,
-                    causal: true,
-                    scale: 1.0 / (head_dim as f32).sqrt(),
-                };
-                device.attention(one_query, keys, values, shape, one_out)?;
+                device.cache_write(one_key, one_value, 1, cache, position)?;
+                device.cache_attention(one_query, cache, decoder.attention(1, position + 1), one_out)?;
                 device.copy(one_out, 0, &mut work.attended, row * query_width, query_width)?;
             }
             Ok(())

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candor_kernels::{Activation, AttentionShape, Device, DeviceError, HostTensor};
+use candor_kernels::{Activation, AttentionShape, CacheType, Device, DeviceError, HostTensor};
 
 use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
@@ -217,6 +217,30 @@ impl<D: Device> Decoder<D> {
         &self.device
     }
 
+    /// Caches are of bytes where the weights are multiplied as bytes.
+    fn cache_type(&self) -> CacheType {
+        let in_bytes = |layer: &Layer<D>| self.device.in_bytes(layer.query.linear.with(Activation::Identity).0);
+        if self.layers.first().is_some_and(in_bytes) { CacheType::I8 } else { CacheType::F32 }
+    }
+
+    /// A cache for each layer.
+    pub(super) fn caches(&self, capacity: usize) -> Result<Vec<D::Cache>, ModelError> {
+        let DecoderConfig { key_heads, head_dim, .. } = self.config;
+        let kind = self.cache_type();
+        Ok(self
+            .layers
+            .iter()
+            .map(|_| self.device.cache(kind, capacity, key_heads, head_dim))
+            .collect::<Result<_, _>>()?)
+    }
+
+    /// What the last `queries` of `keys` positions see.
+    pub(super) fn attention(&self, queries: usize, keys: usize) -> AttentionShape {
+        let DecoderConfig { heads, key_heads, head_dim, .. } = self.config;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal: true, scale, rounded: false }
+    }
+
     /// Buffers for `rows` positions at once.
     pub(super) fn work(&self, rows: usize) -> Result<Work<D>, ModelError> {
         let DecoderConfig { width, head_dim, heads, key_heads, mlp, .. } = self.config;
@@ -324,8 +348,8 @@ pub struct Session<D: Device> {
     decoder: Arc<Decoder<D>>,
     capacity: usize,
     position: usize,
-    keys: Vec<D::Buffer>,
-    values: Vec<D::Buffer>,
+    /// Keys and values, one cache a layer.
+    caches: Vec<D::Cache>,
     /// The last layer's normed state of every position, from which its logits can be had again.
     states: D::Buffer,
     work: Work<D>,
@@ -350,19 +374,16 @@ pub(super) struct Work<D: Device> {
 impl<D: Device> Session<D> {
     /// An empty session with room for `capacity` positions, at most what the model was made for.
     pub(super) fn new(decoder: Arc<Decoder<D>>, capacity: usize) -> Result<Self, ModelError> {
-        let DecoderConfig { width, layers, head_dim, key_heads, vocabulary, positions, .. } = decoder.config;
+        let DecoderConfig { width, vocabulary, positions, .. } = decoder.config;
         if capacity == 0 || capacity > positions {
             let reason = format!("{capacity}; between 1 and max_position_embeddings {positions} are possible");
             return Err(ModelError::input("session capacity", reason));
         }
         let device = decoder.device.clone();
-        let cache =
-            || (0..layers).map(|_| allocate(&device, &[capacity, key_heads, head_dim])).collect::<Result<_, _>>();
         Ok(Session {
             capacity,
             position: 0,
-            keys: cache()?,
-            values: cache()?,
+            caches: decoder.caches(capacity)?,
             states: allocate(&device, &[capacity, width])?,
             work: decoder.work(capacity.min(RUN))?,
             last: allocate(&device, &[width])?,
@@ -415,6 +436,12 @@ impl<D: Device> Session<D> {
         Ok(&self.logits)
     }
 
+    /// Bytes of the cache that a position takes, over all layers.
+    pub fn position_bytes(&self) -> usize {
+        let DecoderConfig { key_heads, head_dim, .. } = self.decoder.config;
+        self.caches.len() * self.decoder.cache_type().position_bytes(key_heads, head_dim)
+    }
+
     /// The logits behind each of the positions in the cache, `[positions, vocabulary]`. For comparisons: it takes
     /// memory of its own.
     pub fn all_logits(&self) -> Result<Vec<f32>, ModelError> {
@@ -457,9 +484,9 @@ impl<D: Device> Session<D> {
         &self.decoder
     }
 
-    /// The cache of a layer: keys and values, `[capacity, key heads · head_dim]`.
-    pub(super) fn cache(&self, layer: usize) -> (&D::Buffer, &D::Buffer) {
-        (&self.keys[layer], &self.values[layer])
+    /// The caches, one a layer.
+    pub(super) fn caches(&self) -> &[D::Cache] {
+        &self.caches
     }
 
     /// Positions that one forward pass takes at most.
@@ -469,28 +496,18 @@ impl<D: Device> Session<D> {
 
     /// Runs the first `rows` rows of `work.x` through every layer, behind what is in the cache.
     fn forward(&mut self, rows: usize) -> Result<(), DeviceError> {
-        let Session { decoder, work, keys, values, position, states, .. } = self;
+        let Session { decoder, work, caches, position, states, .. } = self;
         let device = &decoder.device;
         let DecoderConfig { width, heads, key_heads, head_dim, theta, .. } = decoder.config;
-        let (first, key_width) = (*position, key_heads * head_dim);
-        let shape = AttentionShape {
-            batch: 1,
-            queries: rows,
-            keys: first + rows,
-            heads,
-            key_heads,
-            head_dim,
-            causal: true,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-        };
+        let first = *position;
+        let shape = decoder.attention(rows, first + rows);
         decoder.forward(work, rows, |layer, work| {
             let Work { query, key, value, attended, .. } = work;
-            let (keys, values) = (&mut keys[layer], &mut values[layer]);
+            let cache = &mut caches[layer];
             device.rope(query, rows, heads, head_dim, first, theta)?;
             device.rope(key, rows, key_heads, head_dim, first, theta)?;
-            device.copy(key, 0, keys, first * key_width, rows * key_width)?;
-            device.copy(value, 0, values, first * key_width, rows * key_width)?;
-            device.attention(query, keys, values, shape, attended)
+            device.cache_write(key, value, rows, cache, first)?;
+            device.cache_attention(query, cache, shape, attended)
         })?;
         device.copy(&work.normed, 0, states, first * width, rows * width)?;
         *position += rows;

@@ -129,7 +129,7 @@ impl<D: Device> Encoder<D> {
         layer.attention_norm.forward(device, x, rows, normed)?;
         let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
         device.linear_each(normed, rows, &each, &mut [query, key, value])?;
-        device.attention(query, key, value, attention(shape, batch, length), attended)?;
+        device.attention(query, key, value, attention(device, shape, layer, batch, length), attended)?;
         layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
         device.add(x, normed, len)?;
         layer.mlp_norm.forward(device, x, rows, normed)?;
@@ -151,7 +151,7 @@ impl<D: Device> Encoder<D> {
         let layer = &layers[i];
         let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
         device.linear_each(x, rows, &each, &mut [query, key, value])?;
-        device.attention(query, key, value, attention(shape, batch, length), attended)?;
+        device.attention(query, key, value, attention(device, shape, layer, batch, length), attended)?;
         layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
         device.add(x, normed, len)?;
         layer.attention_norm.forward(device, x, rows, normed)?;
@@ -162,7 +162,13 @@ impl<D: Device> Encoder<D> {
     }
 }
 
-fn attention(shape: &EncoderShape, batch: usize, length: usize) -> AttentionShape {
+fn attention<D: Device>(
+    device: &D,
+    shape: &EncoderShape,
+    layer: &Layer<D>,
+    batch: usize,
+    length: usize,
+) -> AttentionShape {
     let head_dim = shape.width / shape.heads;
     AttentionShape {
         batch,
@@ -173,5 +179,6 @@ fn attention(shape: &EncoderShape, batch: usize, length: usize) -> AttentionShap
         head_dim,
         causal: false,
         scale: 1.0 / (head_dim as f32).sqrt(),
+        rounded: device.in_bytes(layer.query.with(Activation::Identity).0),
     }
 }

@@ -219,7 +219,7 @@ impl Checkpoint {
                 TensorError::Misaligned { dtype } => {
                     WeightsError::Misaligned { file: path.clone(), tensor: name.to_owned(), dtype: dtype.to_string() }
                 }
-                source => WeightsError::View { file: path.clone(), tensor: name.to_owned(), source },
+                source => WeightsError::View { file: path.clone(), tensor: name.to_owned(), source: Box::new(source) },
             },
         )
     }

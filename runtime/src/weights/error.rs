@@ -291,6 +291,6 @@ pub enum WeightsError {
         /// The tensor.
         tensor: String,
         /// Why.
-        source: TensorError,
+        source: Box<TensorError>,
     },
 }

@@ -7,9 +7,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candor_kernels::cpu::gemm::{MatrixRef, Precision, gemm};
-use candor_kernels::cpu::{CpuBuffer, CpuDevice, CpuWeight};
+use candor_kernels::cpu::{CpuBuffer, CpuCache, CpuDevice, CpuWeight};
 use candor_kernels::device::Result;
-use candor_kernels::{Activation, AttentionShape, Device, HostTensor, Unfold};
+use candor_kernels::{Activation, AttentionShape, CacheType, Device, HostTensor, Unfold};
 
 /// `Σ x · xᵀ` over the inputs of a layer, `[inputs, inputs]`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -111,6 +111,7 @@ impl Observer {
 
 impl Device for Observer {
     type Buffer = CpuBuffer;
+    type Cache = CpuCache;
     type Weight = Weight;
 
     fn describe(&self) -> String {
@@ -228,6 +229,27 @@ impl Device for Observer {
         out: &mut CpuBuffer,
     ) -> Result<()> {
         self.inner.attention(q, k, v, shape, out)
+    }
+    fn in_bytes(&self, weight: &Weight) -> bool {
+        self.inner.in_bytes(&weight.weight)
+    }
+    fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CpuCache> {
+        self.inner.cache(kind, capacity, key_heads, head_dim)
+    }
+    fn cache_write(&self, k: &CpuBuffer, v: &CpuBuffer, rows: usize, cache: &mut CpuCache, first: usize) -> Result<()> {
+        self.inner.cache_write(k, v, rows, cache, first)
+    }
+    fn cache_copy(&self, from: &CpuCache, to: &mut CpuCache, positions: usize) -> Result<()> {
+        self.inner.cache_copy(from, to, positions)
+    }
+    fn cache_attention(
+        &self,
+        q: &CpuBuffer,
+        cache: &CpuCache,
+        shape: AttentionShape,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        self.inner.cache_attention(q, cache, shape, out)
     }
     fn unfold(&self, x: &CpuBuffer, unfold: Unfold, out: &mut CpuBuffer) -> Result<()> {
         self.inner.unfold(x, unfold, out)

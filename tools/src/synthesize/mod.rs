@@ -87,21 +87,17 @@ impl SynthesizeArgs {
 fn write(folder: &Path, name: &str, mut config: Value, storage: &Storage, seed: u64) -> anyhow::Result<u64> {
     crate::folder::check_empty(folder, "--output")?;
     std::fs::create_dir_all(folder).with_context(|| format!("{}", folder.display()))?;
+    if let Some(quantisation) = storage.config() {
+        config["quantization_config"] = quantisation;
+    }
     let path = folder.join("config.json");
-    let put = |config: &Value| -> anyhow::Result<()> {
-        let text = format!("{}\n", serde_json::to_string_pretty(config)?);
-        std::fs::write(&path, text).with_context(|| format!("{}", path.display()))
-    };
-    put(&config)?;
-    // What a folder must hold follows from the sizes as the runtime reads them, whether or not it reads the storage.
+    let text = format!("{}\n", serde_json::to_string_pretty(&config)?);
+    std::fs::write(&path, text).with_context(|| format!("{}", path.display()))?;
+    // What a folder must hold follows from the sizes as the runtime reads them.
     let entries = match config["model_type"] == preset::CLASSIFIER {
         true => layout::classifier(&ClassifierConfig::read(folder)?),
         false => layout::model(&ModelConfig::read(folder)?),
     };
-    if let Some(quantisation) = storage.config() {
-        config["quantization_config"] = quantisation;
-        put(&config)?;
-    }
     let records = entries.iter().flat_map(|entry| storage.records(entry)).collect();
     let bytes = file::write(&folder.join("model.safetensors"), records, seed)?;
     let mut manifest = Manifest::default();

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use candor::model::{Classifier, LanguageModel, Model, Piece};
@@ -76,7 +78,10 @@ fn synthesized_folders_open_and_compute() {
         storage(Weights::F16, Group::Row, Weights::F16),
         storage(Weights::Int8, Group::Row, Weights::Int8),
         storage(Weights::Int8, Group::Row, Weights::F16),
-        Storage { parts: vec![Part::Decoder], ..storage(Weights::Int8, Group::Row, Weights::Int8) },
+        storage(Weights::Int8, Group::Of(32), Weights::Int8),
+        storage(Weights::Int4, Group::Of(32), Weights::Int8),
+        storage(Weights::Int4, Group::Row, Weights::Int4),
+        Storage { parts: vec![Part::Decoder], ..storage(Weights::Int4, Group::Of(64), Weights::F16) },
     ] {
         run_all_parts(synthesize(tiny(), &storage).path());
     }

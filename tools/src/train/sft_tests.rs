@@ -298,7 +298,7 @@ fn the_training_forward_pass_is_the_runtimes() {
     let mut buffers = StudentBuffers::default();
     let logits = student.logits(&values, &prompt, &state, &share, &mut buffers).remove(0);
 
-    let device = CpuDevice::new(Some(1));
+    let device = CpuDevice::new(Some(1)).exact();
     let mut runtime = Model::open(&model, device.clone()).unwrap();
     let close = |name: &str, ours: &[f32], theirs: &[f32]| {
         assert_eq!(ours.len(), theirs.len(), "{name}");

@@ -736,7 +736,7 @@ mod tests {
         }
         let written = folder.path().join("verifier");
         write_verifier(&verifier, &values, 0.25, &tokenizer, &written).unwrap();
-        let mut classifier = Classifier::open(&written, CpuDevice::new(Some(1))).unwrap();
+        let mut classifier = Classifier::open(&written, CpuDevice::new(Some(1)).exact()).unwrap();
         assert_eq!(classifier.labels(), GO_EMOTIONS);
         let ids = [vec![1, 5, 9, 2], vec![1, 7, 40, 59, 3, 2]];
         let examples = ids.each_ref().map(|ids| Example { ids: ids.clone(), labels: [false; LABELS] });

@@ -5,7 +5,9 @@ use super::activations::{PARTS, Quantised};
 use super::{BLOCK, Bits, Layer, layer_of};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
-use crate::cpu::simd::{Level, Simd};
+use crate::cpu::simd::{Level, Simd, fetch_ahead};
+use crate::cpu::stored::{F16, cast, widen_scales};
+use crate::tensor::DType;
 use std::cell::Cell;
 
 /// Weights that a task reads at least: fewer are not worth waking a thread.
@@ -14,8 +16,10 @@ const GRAIN: usize = 64 * 1024;
 const TASKS: usize = 4;
 /// Rows of the weight that one pass over x handles.
 const OUTPUTS: usize = 4;
-/// Rows of the weight whose scales are widened at once; they stay in level 1.
-const SCALED: usize = 8 * OUTPUTS;
+/// Rows of the weight whose scales are widened at once, where they have to be; they stay in level 1.
+const WIDENED: usize = 8 * OUTPUTS;
+/// Scales that a block has at most.
+const MOST_SCALES: usize = 4;
 
 thread_local! {
     /// Scales of a few rows of the weight.
@@ -103,69 +107,107 @@ impl Dots<'_> {
     #[inline(always)]
     fn all<I: Integer, const BITS: usize, const EACH: usize>(&self, set: I) {
         // No closures here and below: they would not be compiled with the set's features.
-        let scales_a_row = self.layer.codes.blocks() * self.layer.codes.scales_a_block();
-        let mut scales = SCALES.take();
-        scales.resize(SCALED * scales_a_row, 0.0);
-        let mut done = 0;
-        while done < self.count {
-            let outputs = OUTPUTS.min(self.count - done);
-            if scales_a_row > 0 && done % SCALED == 0 {
-                let rows = SCALED.min(self.count - done);
-                self.layer.codes.scales_of(self.level, self.first + done, &mut scales[..rows * scales_a_row]);
+        let per_row = self.layer.codes.scales.per_row();
+        let Some((bytes, dtype)) = self.layer.codes.scales.of_groups() else {
+            return self.range::<I, f32, BITS, EACH>(set, &[], 0, 0, self.count);
+        };
+        match dtype {
+            DType::F16 => {
+                let scales = &cast::<F16>(bytes)[self.first * per_row..];
+                self.range::<I, F16, BITS, EACH>(set, scales, per_row, 0, self.count);
             }
-            let scales = &scales[done % SCALED * scales_a_row..];
-            if outputs == OUTPUTS {
-                self.some::<I, OUTPUTS, BITS, EACH>(set, done, scales, scales_a_row);
-            } else {
-                for o in 0..outputs {
-                    self.some::<I, 1, BITS, EACH>(set, done + o, &scales[o * scales_a_row..], scales_a_row);
+            DType::F32 => {
+                let scales = &cast::<f32>(bytes)[self.first * per_row..];
+                self.range::<I, f32, BITS, EACH>(set, scales, per_row, 0, self.count);
+            }
+            _ => {
+                let mut wide = SCALES.take();
+                wide.resize(WIDENED * per_row, 0.0);
+                for from in (0..self.count).step_by(WIDENED) {
+                    let count = WIDENED.min(self.count - from);
+                    widen_scales(self.level, bytes, dtype, (self.first + from) * per_row, &mut wide[..count * per_row]);
+                    self.range::<I, f32, BITS, EACH>(set, &wide, per_row, from, count);
                 }
+                SCALES.set(wide);
             }
-            done += outputs;
         }
-        SCALES.set(scales);
+    }
+
+    /// Outputs `from .. from + count` of the task; `scales` are theirs, `per_row` each.
+    #[inline(always)]
+    fn range<I: Integer, E: Scale, const BITS: usize, const EACH: usize>(
+        &self,
+        set: I,
+        scales: &[E],
+        per_row: usize,
+        from: usize,
+        count: usize,
+    ) {
+        let mut done = 0;
+        while done + OUTPUTS <= count {
+            self.some::<I, E, OUTPUTS, BITS, EACH>(set, from + done, &scales[done * per_row..], per_row);
+            done += OUTPUTS;
+        }
+        while done < count {
+            self.some::<I, E, 1, BITS, EACH>(set, from + done, &scales[done * per_row..], per_row);
+            done += 1;
+        }
     }
 
     /// `O` outputs from the task's output `from` on, for every row of x.
     #[inline(always)]
-    fn some<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
+    fn some<I: Integer, E: Scale, const O: usize, const BITS: usize, const EACH: usize>(
         &self,
         set: I,
         from: usize,
-        scales: &[f32],
-        scales_a_row: usize,
+        scales: &[E],
+        per_row: usize,
     ) {
+        let codes = self.layer.codes;
         let bytes_a_block = BLOCK * BITS / 8;
-        let weights: [&[u8]; O] = std::array::from_fn(|o| self.layer.codes.row(self.first + from + o));
-        let scales: [&[f32]; O] = std::array::from_fn(|o| &scales[o * scales_a_row..][..scales_a_row]);
+        let a_block = (BLOCK * BITS / 32).checked_div(EACH).unwrap_or(0);
+        let mut weights: [&[u8]; O] = [&[]; O];
+        let mut of_rows: [&[E]; O] = [&[]; O];
+        for o in 0..O {
+            weights[o] = codes.row(self.first + from + o);
+            of_rows[o] = &scales[o * per_row..][..per_row];
+            for at in (0..per_row).step_by(32) {
+                fetch_ahead(&of_rows[o][at..]);
+            }
+        }
         // The last block, filled up.
-        let whole = self.layer.codes.row_bytes / bytes_a_block;
-        let mut last = [[0u8; BLOCK]; O];
+        let whole = codes.row_bytes / bytes_a_block;
+        let (mut last, mut last_scales) = ([[0u8; BLOCK]; O], [[E::default(); MOST_SCALES]; O]);
         if whole < self.x.blocks {
             for o in 0..O {
                 let rest = &weights[o][whole * bytes_a_block..];
                 last[o][..rest.len()].copy_from_slice(rest);
+                let rest = &of_rows[o][(whole * a_block).min(per_row)..];
+                last_scales[o][..rest.len().min(a_block)].copy_from_slice(&rest[..rest.len().min(a_block)]);
             }
         }
-        let starts_a_row = self.x.blocks * BLOCK / 4 / (8 / BITS);
-        let row_scales = self.layer.codes.scales.of_rows().map(|scales| &scales[self.first + from..][..O]);
+        let starts_a_row = self.x.blocks * BLOCK * BITS / 32;
+        let row_scales = codes.scales.of_rows().map(|scales| &scales[self.first + from..][..O]);
         let simd = set.float();
         for row in 0..self.x.rows {
-            let codes = self.x.codes_of(row).as_chunks::<BLOCK>().0;
+            let x = self.x.codes_of(row).as_chunks::<BLOCK>().0;
             let factors = self.x.scales_of(row);
             let starts = &self.starts[row * starts_a_row..][..starts_a_row];
             let mut sums = [simd.splat(0.0); O];
-            for b in 0..whole {
-                let block: [&[u8]; O] = std::array::from_fn(|o| &weights[o][b * bytes_a_block..][..bytes_a_block]);
-                add_block::<I, O, BITS, EACH>(set, &mut sums, b, block, &scales, &codes[b], factors[b], starts);
-            }
-            if whole < self.x.blocks {
-                let b = whole;
-                let last: [&[u8]; O] = std::array::from_fn(|o| &last[o][..bytes_a_block]);
-                add_block::<I, O, BITS, EACH>(set, &mut sums, b, last, &scales, &codes[b], factors[b], starts);
+            for b in 0..self.x.blocks {
+                let (mut block, mut scales): ([&[u8]; O], [&[E]; O]) = ([&[]; O], [&[]; O]);
+                for o in 0..O {
+                    (block[o], scales[o]) = if b < whole {
+                        (&weights[o][b * bytes_a_block..][..bytes_a_block], &of_rows[o][b * a_block..][..a_block])
+                    } else {
+                        (&last[o][..bytes_a_block], &last_scales[o][..a_block])
+                    };
+                }
+                let block = Block { weights: block, scales, x: &x[b], factor: factors[b] };
+                block.add::<I, BITS, EACH>(set, &starts[b * BLOCK * BITS / 32..], &mut sums);
             }
             // SAFETY: each task has outputs of its own.
-            let out = unsafe { self.layer.out.range(row * self.layer.codes.outputs + self.first + from, O) };
+            let out = unsafe { self.layer.out.range(row * codes.outputs + self.first + from, O) };
             let sums = simd.sums(sums);
             match row_scales {
                 Some(scales) => {
@@ -179,67 +221,71 @@ impl Dots<'_> {
     }
 }
 
-/// Adds what block `b` gives to the sums of `O` outputs.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)] // the operands of a product and where they are
-fn add_block<I: Integer, const O: usize, const BITS: usize, const EACH: usize>(
-    set: I,
-    sums: &mut [<I::Float as Simd>::Vector; O],
-    b: usize,
-    weights: [&[u8]; O],
-    scales: &[&[f32]; O],
-    x: &[i8; BLOCK],
+/// A block of `O` rows of the weight and of one row of x.
+struct Block<'a, E, const O: usize> {
+    weights: [&'a [u8]; O],
+    scales: [&'a [E]; O],
+    x: &'a [i8; BLOCK],
     factor: f32,
-    starts: &[i32],
-) {
-    let simd = set.float();
-    let bytes = 4 * lanes::<I>();
-    // SAFETY: i8 and u8 have the same layout.
-    let x: &[u8; BLOCK] = unsafe { &*std::ptr::from_ref(x).cast() };
-    let factor = simd.splat(factor);
-    let sums_a_block = BLOCK / 4 / (8 / BITS);
-    let starts = &starts[b * sums_a_block..][..sums_a_block];
-    if BITS == 4 {
-        for chunk in 0..BLOCK / 2 / bytes {
+}
+
+impl<E: Scale, const O: usize> Block<'_, E, O> {
+    /// Adds what it gives to the sums of the outputs.
+    #[inline(always)]
+    fn add<I: Integer, const BITS: usize, const EACH: usize>(
+        &self,
+        set: I,
+        starts: &[i32],
+        sums: &mut [<I::Float as Simd>::Vector; O],
+    ) {
+        let simd = set.float();
+        let bytes = 4 * lanes::<I>();
+        // SAFETY: i8 and u8 have the same layout.
+        let x: &[u8; BLOCK] = unsafe { &*std::ptr::from_ref(self.x).cast() };
+        let factor = simd.splat(self.factor);
+        let starts = &starts[..BLOCK * BITS / 32];
+        for chunk in 0..BLOCK * BITS / 8 / bytes {
+            let start = match BITS == 8 && I::OFFSET8 == 0 {
+                true => set.splat_sum(0),
+                false => set.load_sums(&starts[chunk * lanes::<I>()..]),
+            };
             let even = set.bytes(&x[chunk * bytes..]);
-            let odd = set.bytes(&x[BLOCK / 2 + chunk * bytes..]);
-            let start = set.load_sums(&starts[chunk * lanes::<I>()..]);
+            let odd = if BITS == 4 { set.bytes(&x[BLOCK / 2 + chunk * bytes..]) } else { even };
             for o in 0..O {
-                set.fetch_ahead(&weights[o][chunk * bytes..]);
-                let [low, high] = set.nibbles(&weights[o][chunk * bytes..]);
-                let products = set.dot4(set.dot4(start, low, even), high, odd);
-                sums[o] = simd.mul_add(
-                    set.to_float(products),
-                    scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor),
-                    sums[o],
-                );
+                let weights = &self.weights[o][chunk * bytes..];
+                fetch_ahead(weights);
+                let products = if BITS == 4 {
+                    let [low, high] = set.nibbles(weights);
+                    set.dot4(set.dot4(start, low, even), high, odd)
+                } else {
+                    set.dot8(start, set.codes8(weights), even)
+                };
+                let scale = match (chunk * lanes::<I>()).checked_div(EACH) {
+                    None => factor,
+                    Some(at) => simd.mul(E::spread(set, &self.scales[o][at..], EACH), factor),
+                };
+                sums[o] = simd.mul_add(set.to_float(products), scale, sums[o]);
             }
-        }
-        return;
-    }
-    let chunks = BLOCK / bytes;
-    for chunk in 0..chunks {
-        let x = set.bytes(&x[chunk * bytes..]);
-        let start = if I::OFFSET8 == 0 { set.splat_sum(0) } else { set.load_sums(&starts[chunk * lanes::<I>()..]) };
-        for o in 0..O {
-            set.fetch_ahead(&weights[o][chunk * bytes..]);
-            let products = set.dot8(start, set.codes8(&weights[o][chunk * bytes..]), x);
-            let scale = scale_of::<I, EACH>(set, scales[o], b * sums_a_block + chunk * lanes::<I>(), factor);
-            sums[o] = simd.mul_add(set.to_float(products), scale, sums[o]);
         }
     }
 }
 
-/// What the sums of the lanes from lane `first` of a row on are multiplied by.
-#[inline(always)]
-fn scale_of<I: Integer, const EACH: usize>(
-    set: I,
-    scales: &[f32],
-    first: usize,
-    factor: <I::Float as Simd>::Vector,
-) -> <I::Float as Simd>::Vector {
-    match first.checked_div(EACH) {
-        None => factor,
-        Some(at) => set.float().mul(set.spread(&scales[at..], EACH), factor),
+/// A stored scale that kernels read as it is.
+trait Scale: Copy + Default {
+    /// Lane `i` is `from[i / each]`.
+    fn spread<I: Integer>(set: I, from: &[Self], each: usize) -> <I::Float as Simd>::Vector;
+}
+
+impl Scale for f32 {
+    #[inline(always)]
+    fn spread<I: Integer>(set: I, from: &[f32], each: usize) -> <I::Float as Simd>::Vector {
+        set.spread(from, each)
+    }
+}
+
+impl Scale for F16 {
+    #[inline(always)]
+    fn spread<I: Integer>(set: I, from: &[F16], each: usize) -> <I::Float as Simd>::Vector {
+        set.spread_halves(F16::bits(from), each)
     }
 }

@@ -6,6 +6,7 @@
 //! blocked product whose panels of codes are packed while they are used.
 
 mod activations;
+pub(crate) mod attention;
 mod dots;
 #[cfg(test)]
 mod plain;
@@ -84,9 +85,6 @@ impl<'a> Codes<'a> {
     fn scales_of(&self, level: Level, first: usize, out: &mut [f32]) {
         let (count, room) = (self.scales.per_row(), self.blocks() * self.scales_a_block());
         let Some((bytes, dtype)) = self.scales.of_groups() else { return };
-        if count == room {
-            return widen_scales(level, bytes, dtype, first * count, out);
-        }
         for (row, out) in (first..).zip(out.chunks_exact_mut(room)) {
             widen_scales(level, bytes, dtype, row * count, &mut out[..count]);
             out[count..].fill(0.0);

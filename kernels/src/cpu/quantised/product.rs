@@ -9,8 +9,6 @@ use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
 use std::cell::Cell;
 
-/// Four bytes of each output of a panel that are multiplied at once.
-const UNITS: usize = BLOCK / 4;
 /// Fewer rows than this are not split among tasks, as each of them packs its panels anew.
 const TASK_ROWS: usize = 128;
 /// Tasks a thread.
@@ -86,7 +84,7 @@ impl Task<'_> {
         let columns = V * lanes::<I>();
         let blocks = self.layer.codes.blocks();
         let mut panel = PANEL.take();
-        let len = blocks * UNITS * columns * 4;
+        let len = blocks * BLOCK * columns;
         if panel.len() < len {
             panel.resize(len, 0);
         }
@@ -109,32 +107,17 @@ impl Task<'_> {
         PANEL.set(panel);
     }
 
-    /// Codes `[blocks, UNITS, columns, 4]`; of outputs that are missing, and behind the end of a row, anything.
+    /// Codes `[blocks, BLOCK / TOGETHER, columns, TOGETHER]`; of outputs that are missing, and behind the end of a row,
+    /// anything.
     #[inline(always)]
     fn pack<I: Integer>(&self, columns: usize, panel: &mut [u8]) {
-        let flip = if I::OFFSET8 == 0 { 0 } else { 0x8080_8080 };
         for column in 0..self.count {
             let row = self.layer.codes.row(self.first + column);
-            let (words, rest) = row.as_chunks::<4>();
-            let mut last = [0; 4];
-            last[..rest.len()].copy_from_slice(rest);
-            let words = words.iter().chain((!rest.is_empty()).then_some(&last));
-            match self.layer.codes.bits {
-                Bits::Four => {
-                    let units = panel.chunks_exact_mut(2 * columns * 4);
-                    for (units, word) in units.zip(words) {
-                        let word = u32::from_le_bytes(*word);
-                        let (low, high) = units.split_at_mut(columns * 4);
-                        low[column * 4..][..4].copy_from_slice(&(word & 0x0f0f_0f0f).to_le_bytes());
-                        high[column * 4..][..4].copy_from_slice(&(word >> 4 & 0x0f0f_0f0f).to_le_bytes());
-                    }
-                }
-                Bits::Eight => {
-                    for (unit, word) in panel.chunks_exact_mut(columns * 4).zip(words) {
-                        let word = u32::from_le_bytes(*word) ^ flip;
-                        unit[column * 4..][..4].copy_from_slice(&word.to_le_bytes());
-                    }
-                }
+            match (self.layer.codes.bits, I::TOGETHER) {
+                (Bits::Four, 8) => pack_words::<8>(row, columns, column, panel),
+                (Bits::Four, _) => pack_words::<4>(row, columns, column, panel),
+                (Bits::Eight, 8) => pack_bytes::<I, 8>(row, columns, column, panel),
+                (Bits::Eight, _) => pack_bytes::<I, 4>(row, columns, column, panel),
             }
         }
     }
@@ -163,8 +146,7 @@ impl Task<'_> {
         let simd = set.float();
         let columns = V * lanes::<I>();
         let offset = if BITS == 4 { OFFSET4 } else { I::OFFSET8 };
-        let (units, parts) = (UNITS / S, PARTS / S);
-        let segment = units * columns * 4;
+        let (depth, parts) = (BLOCK / S, PARTS / S);
         let mut tile = [[0.0f32; MAX_COLUMNS]; R];
         for first in self.rows.clone().step_by(R) {
             let height = R.min(self.rows.end - first);
@@ -176,31 +158,15 @@ impl Task<'_> {
             for tile in &mut tile {
                 tile.fill(0.0);
             }
-            for (s, panel) in panel.chunks_exact(segment).take(self.x.blocks * S).enumerate() {
-                let mut products = [[set.splat_sum(0); V]; R];
+            for (s, panel) in panel.chunks_exact(depth * columns).take(self.x.blocks * S).enumerate() {
+                let mut starts = [0; R];
                 if offset != 0 {
                     for r in 0..R {
-                        let sum: i32 = sums[r][s * parts..][..parts].iter().sum();
-                        products[r] = [set.splat_sum(-offset * sum); V];
+                        starts[r] = -offset * sums[r][s * parts..][..parts].iter().sum::<i32>();
                     }
                 }
-                let x: [&[[i8; 4]]; R] = std::array::from_fn(|r| &codes[r].as_chunks::<4>().0[s * units..][..units]);
-                for (u, panel) in panel.chunks_exact(columns * 4).enumerate() {
-                    let mut weights = [set.splat_bytes(&[0; 4]); V];
-                    for v in 0..V {
-                        weights[v] = set.bytes(&panel[v * lanes::<I>() * 4..]);
-                    }
-                    for r in 0..R {
-                        let x = set.splat_bytes(&x[r][u]);
-                        for v in 0..V {
-                            products[r][v] = if BITS == 4 {
-                                set.dot4(products[r][v], weights[v], x)
-                            } else {
-                                set.dot8(products[r][v], weights[v], x)
-                            };
-                        }
-                    }
-                }
+                let x: [&[i8]; R] = std::array::from_fn(|r| &codes[r][s * depth..][..depth]);
+                let products = set.tile::<BITS, R, V>(starts, panel, x);
                 for r in 0..R {
                     let factor = simd.splat(factors[r][s / S]);
                     for v in 0..V {
@@ -226,5 +192,32 @@ impl Task<'_> {
                 }
             }
         }
+    }
+}
+
+/// Codes of 4 bits of one output into its column of a panel: of every word the lower halves, then the upper ones, as
+/// [`Order::Words`](super::activations::Order) has the activations.
+#[inline(always)]
+fn pack_words<const TOGETHER: usize>(row: &[u8], columns: usize, column: usize, panel: &mut [u8]) {
+    for (units, word) in panel.chunks_exact_mut(columns * 8).zip(row.as_chunks::<4>().0) {
+        let word = u32::from_le_bytes(*word);
+        let (low, high) = ((word & 0x0f0f_0f0f).to_le_bytes(), (word >> 4 & 0x0f0f_0f0f).to_le_bytes());
+        // The upper halves follow the lower ones, in this unit or in the next.
+        let behind = if TOGETHER == 8 { 4 } else { columns * 4 };
+        units[column * TOGETHER..][..4].copy_from_slice(&low);
+        units[column * TOGETHER + behind..][..4].copy_from_slice(&high);
+    }
+}
+
+/// Codes of 8 bits of one output into its column of a panel.
+#[inline(always)]
+fn pack_bytes<I: Integer, const TOGETHER: usize>(row: &[u8], columns: usize, column: usize, panel: &mut [u8]) {
+    let flip = if I::OFFSET8 == 0 { 0 } else { 0x80 };
+    let (whole, rest) = row.as_chunks::<TOGETHER>();
+    let mut last = [0; TOGETHER];
+    last[..rest.len()].copy_from_slice(rest);
+    let whole = whole.iter().chain((!rest.is_empty()).then_some(&last));
+    for (unit, bytes) in panel.chunks_exact_mut(columns * TOGETHER).zip(whole) {
+        unit[column * TOGETHER..][..TOGETHER].copy_from_slice(&bytes.map(|byte| byte ^ flip));
     }
 }

@@ -2,14 +2,13 @@
 //!
 //! Weights are codes: a 4-bit value plus 8 (as it is stored), an 8-bit value plus [`Integer::OFFSET8`]. What the offsets
 //! add to a sum is taken off again before it starts, from the sums of the activations.
+#![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
+use super::portable::f16_to_f32;
 use super::{Portable, Simd};
 
 /// What is added to a 4-bit value: codes are multiplied as they are stored.
 pub(crate) const OFFSET4: i32 = 8;
-
-/// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
-pub(crate) const AHEAD: usize = 8192;
 
 /// Work that can be compiled for every instruction set that multiplies bytes.
 pub(crate) trait IntegerOperation {
@@ -31,11 +30,6 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// Runs code with the instruction set switched on.
     fn enter<O: IntegerOperation>(self, operation: O) -> O::Output;
     fn float(self) -> Self::Float;
-    /// Has the memory fetch what lies [`AHEAD`] bytes behind the start of `from`, if there is anything.
-    #[inline(always)]
-    fn fetch_ahead(self, from: &[u8]) {
-        let _ = from;
-    }
     /// `4 · LANES` bytes as they are.
     fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// The first four bytes, in every lane.
@@ -51,9 +45,51 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     fn dot4(self, sum: Self::Sums, codes: Self::Bytes, activations: Self::Bytes) -> Self::Sums;
     /// As `dot4`, with codes of 8-bit values.
     fn dot8(self, sum: Self::Sums, codes: Self::Bytes, activations: Self::Bytes) -> Self::Sums;
+    /// Bytes of an output that lie together in a panel of the blocked product, 4 or 8.
+    const TOGETHER: usize = 4;
+    /// `starts[r] + Σ codes · x[r]` for `R` rows of activations and for `V` vectors of outputs, whose codes of `BITS` bits
+    /// lie in a panel `[x.len() / TOGETHER, outputs, TOGETHER]`.
+    #[inline(always)]
+    fn tile<const BITS: usize, const R: usize, const V: usize>(
+        self,
+        starts: [i32; R],
+        panel: &[u8],
+        x: [&[i8]; R],
+    ) -> [[Self::Sums; V]; R] {
+        let vector = 4 * lanes::<Self>();
+        let mut sums = [[self.splat_sum(0); V]; R];
+        for r in 0..R {
+            sums[r] = [self.splat_sum(starts[r]); V];
+        }
+        let x: [&[[i8; 4]]; R] = std::array::from_fn(|r| &x[r].as_chunks::<4>().0[..panel.len() / (V * vector)]);
+        for (u, panel) in panel.chunks_exact(V * vector).enumerate() {
+            let mut codes = [self.splat_bytes(&[0; 4]); V];
+            for v in 0..V {
+                codes[v] = self.bytes(&panel[v * vector..]);
+            }
+            for r in 0..R {
+                let x = self.splat_bytes(&x[r][u]);
+                for v in 0..V {
+                    sums[r][v] =
+                        if BITS == 4 { self.dot4(sums[r][v], codes[v], x) } else { self.dot8(sums[r][v], codes[v], x) };
+                }
+            }
+        }
+        sums
+    }
     fn to_float(self, sums: Self::Sums) -> <Self::Float as Simd>::Vector;
     /// Lane `i` is `from[i / each]`.
     fn spread(self, from: &[f32], each: usize) -> <Self::Float as Simd>::Vector;
+    /// As `spread`, of IEEE halves.
+    #[inline(always)]
+    fn spread_halves(self, from: &[u16], each: usize) -> <Self::Float as Simd>::Vector {
+        let mut wide = [0.0; 4];
+        let count = lanes::<Self>().div_ceil(each);
+        for (wide, half) in wide.iter_mut().zip(&from[..count]) {
+            *wide = f16_to_f32(*half);
+        }
+        self.spread(&wide, each)
+    }
 }
 
 /// f32 of a vector of the set.

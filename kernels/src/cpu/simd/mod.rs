@@ -5,6 +5,10 @@
 
 pub(crate) mod integer;
 mod level;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_integer;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -15,6 +19,22 @@ pub(crate) use level::Level;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::Avx512Bf16;
+
+/// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
+const AHEAD: usize = 8192;
+
+/// Has the memory fetch the line [`AHEAD`] bytes behind the start of `from`, if there is anything.
+#[inline(always)]
+pub(crate) fn fetch_ahead<T>(from: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it takes any address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().cast::<i8>().wrapping_add(AHEAD));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
+}
 
 /// Work that can be compiled for every instruction set.
 pub(crate) trait Operation {
@@ -38,6 +58,21 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, vector: Self::Vector, to: &mut [f32]);
     /// a · b + c
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `sums[r][v] += a[r] · b[v]`
+    #[inline(always)]
+    fn add_products<const R: usize, const V: usize>(
+        self,
+        sums: &mut [[Self::Vector; V]; R],
+        a: &[f32; R],
+        b: [Self::Vector; V],
+    ) {
+        for r in 0..R {
+            let a = self.splat(a[r]);
+            for v in 0..V {
+                sums[r][v] = self.mul_add(a, b[v], sums[r][v]);
+            }
+        }
+    }
     /// IEEE half precision, as f32.
     fn load_f16(self, from: &[u16]) -> Self::Vector;
     /// Upper halves of singles, as f32.

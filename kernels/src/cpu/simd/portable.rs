@@ -126,7 +126,7 @@ fn power_of_two(n: i32) -> f32 {
 
 /// A half as f32, without a branch so that it vectorises.
 #[inline(always)]
-fn f16_to_f32(half: u16) -> f32 {
+pub(super) fn f16_to_f32(half: u16) -> f32 {
     let bits = u32::from(half);
     // The exponent's bias differs by 112; multiplying does the subnormals too.
     let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);

@@ -1,6 +1,6 @@
 //! Byte products of AVX2, AVX-VNNI and AVX-512 VNNI.
 
-use super::integer::{AHEAD, Integer, IntegerOperation};
+use super::integer::{Integer, IntegerOperation};
 use super::x86::{Avx2, Avx512};
 use std::arch::x86_64::*;
 
@@ -41,11 +41,6 @@ macro_rules! bytes_of_256_bits {
         type Bytes = __m256i;
         type Sums = __m256i;
 
-        #[inline(always)]
-        fn fetch_ahead(self, from: &[u8]) {
-            // SAFETY: every x86-64 has the instruction, and it takes any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast()) }
-        }
         #[inline(always)]
         fn bytes(self, from: &[u8]) -> __m256i {
             // SAFETY: `self` exists, so the instructions are there; the slicing checked the length.
@@ -191,11 +186,6 @@ impl Integer for Avx512Vnni {
         self.0
     }
     #[inline(always)]
-    fn fetch_ahead(self, from: &[u8]) {
-        // SAFETY: every x86-64 has the instruction, and it takes any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast()) }
-    }
-    #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m512i {
         // SAFETY: `self` exists, so the instructions are there; the slicing checked the length.
         unsafe { _mm512_loadu_si512(from[..64].as_ptr().cast()) }
@@ -259,6 +249,28 @@ impl Integer for Avx512Vnni {
                     _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(from[0]), _mm512_set1_ps(from[1]))
                 }
                 _ => _mm512_set1_ps(from[0]),
+            }
+        }
+    }
+    #[inline(always)]
+    fn spread_halves(self, from: &[u16], each: usize) -> __m512 {
+        // SAFETY: `self` exists, so the instructions are there; the slicing checked the lengths.
+        unsafe {
+            match each {
+                4 => {
+                    let places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+                    let four = _mm_cvtph_ps(_mm_loadl_epi64(from[..4].as_ptr().cast()));
+                    _mm512_permutexvar_ps(places, _mm512_castps128_ps512(four))
+                }
+                8 => {
+                    let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+                    let two = _mm_cvtph_ps(_mm_loadu_si32(from[..2].as_ptr().cast()));
+                    _mm512_permutexvar_ps(places, _mm512_castps128_ps512(two))
+                }
+                _ => {
+                    let one = _mm_cvtph_ps(_mm_loadu_si16(from[..1].as_ptr().cast()));
+                    _mm512_broadcastss_ps(one)
+                }
             }
         }
     }
