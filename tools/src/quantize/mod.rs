@@ -170,13 +170,10 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     };
     let mut layers = Vec::new();
     let bytes = output::write(&source, &plan, &args.output, |entry, values| {
-        let Calibrated { integers, output_error } = calibrated.remove(&entry.name).map_or_else(
-            || {
-                let scheme = entry.scheme().unwrap_or(Scheme::INT8_ROWS);
-                Calibrated { integers: Integers::nearest(values, entry.shape[1], scheme, None), output_error: None }
-            },
-            |own| own,
-        );
+        let Calibrated { integers, output_error } = calibrated.remove(&entry.name).unwrap_or_else(|| {
+            let scheme = entry.scheme().unwrap_or(Scheme::INT8_ROWS);
+            Calibrated { integers: Integers::nearest(values, entry.shape[1], scheme, None), output_error: None }
+        });
         layers.push(Layer::new(entry, &integers, values, output_error));
         Ok(integers)
     })?;
