@@ -42,6 +42,7 @@ impl<'a> Reader<'a> {
         // The extractor finds faces; the watcher takes what the tower made of them.
         let settings = WatchSettings { policy: args.policy, sampling, fit: Some(Fit::Stretch) };
         let device = CpuDevice::new(Some(1));
+        let device = if args.exact { device.exact() } else { device };
         let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
         if let Some(adapter) = &args.adapter {
             watcher.adapt(adapter)?;
