@@ -1,10 +1,10 @@
 //! `candor-tools quantize`: stores a model's matrices as whole numbers of four or eight bits, and measures what that does.
 //!
-//! What is stored how follows from the options ([`format`], [`keep`], [`plan`]). A matrix is rounded value by value
-//! ([`stored`]), or with a view to what goes into its layer: prompts of the task ([`samples`]) run through the model on a
-//! device that looks at inputs ([`observe`], [`calibrate`]), and each column's error is made up for by the others ([`gptq`],
-//! with [`factor`]). The folder is written tensor by tensor ([`output`]), and compared with the model it came from
-//! ([`measure`], [`report`]).
+//! What is stored how follows from the options (`format`, `keep`, `plan`). A matrix is rounded value by value
+//! (`stored`), or with a view to what goes into its layer: prompts of the task (`samples`) run through the model on a
+//! device that looks at inputs (`observe`, `calibrate`), and each column's error is made up for by the others (`gptq`,
+//! with `factor`). The folder is written tensor by tensor (`output`), and compared with the model it came from
+//! (`measure`, `report`).
 
 mod calibrate;
 mod factor;
