@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,23 +29,26 @@ def call(command, folder):
 class Rival:
     """A worker that holds the rival's model open and times a run whenever it is asked."""
 
-    def __init__(self, command):
-        self.command = [str(word) for word in command]
+    def __init__(self, command, environment=None):
+        self.command, self.environment = [str(word) for word in command], environment or {}
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | self.environment,
         )
         about = self.answer()
-        self.settings = f"{about['settings']} ({about['about'].strip()})"
+        more = "".join(f", {name}={value}" for name, value in self.environment.items())
+        self.settings = f"{about['settings']}{more} ({about['about'].strip()})"
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.process.kill()
+        self.process.wait()
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -59,19 +63,40 @@ class Rival:
         return self.answer()["per_s"]
 
 
+# Ends with the process that started it, however that ends.
+SPIN = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1000000):
+        pass
+"""
+
+
 @contextmanager
 def busy(wanted):
     """Keeps every core busy: a spinning process for each, in a session of its own so that the system's fair sharing
     takes it for somebody else's."""
-    spin = [sys.executable, "-c", "while True: pass"]
     cores = len(os.sched_getaffinity(0)) if wanted else 0
-    processes = [subprocess.Popen(spin, start_new_session=True) for _ in range(cores)]
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN], start_new_session=True) for _ in range(cores)]
     try:
         yield
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def end_cleanly():
+    """Makes a termination end the processes that were started, as an interruption does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def fastest(rivals):
+    """The rival whose middle run is the fastest."""
+    if len(rivals) == 1:
+        return rivals[0]
+    return max(rivals, key=lambda rival: statistics.median(rival.run() for _ in range(3)))
 
 
 def compare(ours, rival, pairs):

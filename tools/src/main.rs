@@ -8,6 +8,7 @@ use candor_tools::data::{self, DataCommand};
 use candor_tools::eval::{self, EvalArgs};
 use candor_tools::eval_verifier::{self, EvalVerifierArgs};
 use candor_tools::merge::{self, MergeArgs};
+use candor_tools::quantize::{self, QuantizeArgs};
 use candor_tools::rate::{self, RateArgs};
 use candor_tools::reward::command::{self as reward, RewardArgs};
 use candor_tools::reward::server::{self as reward_server, RewardServerArgs};
@@ -34,6 +35,8 @@ enum Command {
     Train(TrainCommand),
     /// Fold an adapter into a model's weights.
     Merge(MergeArgs),
+    /// Store a model's weights as whole numbers of four or eight bits, and measure what that does.
+    Quantize(QuantizeArgs),
     /// Write a model folder of a published size with random weights, to measure speed and memory with.
     Synthesize(SynthesizeArgs),
     /// Measure a model on labelled faces.
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Data(command) => data::run(command),
         Command::Train(command) => train::run(command),
         Command::Merge(args) => merge::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Synthesize(args) => synthesize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::EvalVerifier(args) => eval_verifier::run(&args),

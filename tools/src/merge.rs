@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use candor::manifest::Manifest;
 use candor::message::say;
 use candor::model::{Adapter, Model};
 use candor::weights::Checkpoint;
@@ -13,7 +12,9 @@ use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize};
 
-use crate::quantise::int8_rows;
+use crate::folder;
+use crate::quantize::format::Scheme;
+use crate::quantize::stored::Integers;
 use crate::train::checkpoint::write_atomically;
 
 /// `candor-tools merge`
@@ -35,9 +36,7 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     let adapter = Adapter::open(&args.adapter)?;
     // Opening model and adapter together checks that they belong together.
     Model::open(&args.model, CpuDevice::new(Some(1)))?.adapt(Some(&adapter))?;
-    if args.out.is_dir() && std::fs::read_dir(&args.out)?.next().is_some() {
-        bail!("{} is not empty; name a new folder with --out", args.out.display());
-    }
+    folder::check_empty(&args.out, "--out")?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let mut merged = HashMap::new();
     for (module, low_rank) in adapter.factors() {
@@ -68,7 +67,7 @@ pub fn write(model: &Path, out: &Path, mut values: HashMap<String, Vec<f32>>) ->
     let checkpoint = Checkpoint::open(model)?;
     let files: Vec<PathBuf> = checkpoint.files().map(Path::to_path_buf).collect();
     std::fs::create_dir_all(out).with_context(|| format!("{}", out.display()))?;
-    copy_folder(model, out, &files)?;
+    folder::copy_files(model, out, &files)?;
     let mut replaced: HashMap<String, Vec<u8>> = HashMap::new();
     let mut worst = 0.0f64;
     let names: Vec<String> = values.keys().cloned().collect();
@@ -88,15 +87,15 @@ pub fn write(model: &Path, out: &Path, mut values: HashMap<String, Vec<f32>>) ->
                 (halves.iter().flat_map(|v| v.to_le_bytes()).collect(), halves.iter().map(|v| v.to_f32()).collect())
             }
             "I8" => {
-                let stored = int8_rows(&own, raw.shape[0]);
+                let columns = *raw.shape.get(1).with_context(|| format!("{name} is no matrix"))?;
                 let scale = format!("{name}_scale");
-                let crate::quantise::Stored::I8 { bytes, scales } = &stored else { bail!("{name} is no matrix") };
-                let scale_bytes = match checkpoint.raw(&scale)?.dtype {
-                    "F32" => scales.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                    other => bail!("{scale} is {other}; only F32 scales can be written anew"),
-                };
-                replaced.insert(scale, scale_bytes);
-                (bytes.iter().map(|&b| b as u8).collect(), stored.values())
+                let scales = checkpoint.raw(&scale)?;
+                if scales.dtype != "F32" || scales.shape.get(1).is_some_and(|&per_row| per_row != 1) {
+                    bail!("{scale} is {}{:?}; only F32 scales of rows can be written anew", scales.dtype, scales.shape);
+                }
+                let stored = Integers::nearest(&own, columns, Scheme::INT8_ROWS, None);
+                replaced.insert(scale, stored.scale_bytes());
+                (stored.bytes(), stored.values())
             }
             other => bail!("{name} is stored as {other}, which cannot be written anew"),
         };
@@ -128,34 +127,6 @@ pub fn write(model: &Path, out: &Path, mut values: HashMap<String, Vec<f32>>) ->
         let name = file.file_name().context("a weights file has a name")?;
         write_atomically(&out.join(name), &bytes)?;
     }
-    // The verifier is named by a path from the model's folder.
-    let mut manifest = Manifest::open(model)?;
-    if let Some(verifier) = manifest.verifier_folder() {
-        let verifier = verifier.canonicalize().unwrap_or(verifier);
-        manifest.model.verifier = Some(verifier);
-    }
-    manifest.files.clear();
-    let text = toml::to_string_pretty(&manifest)?;
-    write_atomically(&out.join(candor::manifest::FILE_NAME), text.as_bytes())?;
-    Manifest::seal(out)?;
+    folder::copy_manifest(model, out, out)?;
     Ok(worst)
-}
-
-/// Copies everything but the weights files and the manifest.
-fn copy_folder(from: &Path, to: &Path, without: &[PathBuf]) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(from).with_context(|| format!("{}", from.display()))? {
-        let path = entry?.path();
-        let Some(name) = path.file_name() else { continue };
-        if path.is_dir() {
-            std::fs::create_dir_all(to.join(name))?;
-            copy_folder(&path, &to.join(name), &[])?;
-        } else if !without.contains(&path) && name != candor::manifest::FILE_NAME {
-            let target = to.join(name);
-            let mut part = target.clone().into_os_string();
-            part.push(".part");
-            let copied = std::fs::copy(&path, &part).and_then(|_| std::fs::rename(&part, &target));
-            copied.with_context(|| format!("{} to {}", path.display(), target.display()))?;
-        }
-    }
-    Ok(())
 }

@@ -66,6 +66,7 @@ mod tests {
     #[test]
     fn arithmetic_is_a_speed() {
         let speed = measure_arithmetic(&ThreadPool::new(Some(1)));
-        assert!(speed.is_finite() && speed > 0.1, "{speed} GFLOP/s");
+        // What an emulated processor on a busy machine gives, and some less.
+        assert!(speed.is_finite() && speed > 0.001, "{speed} GFLOP/s");
     }
 }

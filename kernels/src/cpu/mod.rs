@@ -15,12 +15,14 @@ mod norm;
 pub mod pool;
 mod position;
 mod quantised;
+mod report;
 mod simd;
 mod stored;
 
 pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
 pub use cache::CpuCache;
+pub use report::KernelReport;
 
 use crate::check;
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};

@@ -6,6 +6,8 @@
 
 pub mod face;
 mod frame;
+#[cfg(feature = "media")]
+mod installed;
 pub mod resize;
 pub mod sampling;
 #[cfg(feature = "media")]
@@ -13,6 +15,8 @@ pub mod source;
 
 pub use face::{FaceBox, FaceCrop, FaceDetector, WindowFace};
 pub use frame::{Frame, FrameError, FrameSource, MediaError, Window};
+#[cfg(feature = "media")]
+pub use installed::{Element, Installed};
 pub use resize::{Fit, PixelLayout, Preprocess, Square};
 pub use sampling::{WindowSettings, Windows, sample_clip, sample_indices};
 #[cfg(feature = "media")]

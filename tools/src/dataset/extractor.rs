@@ -165,9 +165,18 @@ impl Extractor {
 
     /// What the vision tower makes of a clip, computed.
     pub fn extract(&mut self, media: &Media) -> Result<ClipFeatures, ClipError> {
+        let (pixels, frames) = self.pixels(media)?;
+        self.model.vision_features(&pixels, &mut self.states)?;
+        let distinct = self.states.to_host(self.model.device())?;
+        Ok(ClipFeatures { distinct, frames })
+    }
+
+    /// A clip as the vision tower takes it: its distinct pictures, `[pictures, 3, side, side]`, and the picture of each
+    /// frame.
+    pub fn pixels(&mut self, media: &Media) -> Result<(Vec<f32>, Vec<usize>), ClipError> {
         let wanted = self.frames();
         let pixels = |source| ClipError::Pixels { media: media.clone(), source };
-        let (pixels, frames) = match media {
+        Ok(match media {
             Media::Photograph { file, part, row } => {
                 let (faces, row) = (self.faces.part(file, part).map_err(ClipError::Faces)?, *row);
                 let grey = photograph(&faces, media, row)?;
@@ -192,10 +201,7 @@ impl Extractor {
                     self.clip.pixels(&frames, &squares, distinct, PixelLayout::ChannelsFirst).map_err(pixels)?;
                 (pixels, (0..wanted).map(|frame| frame.min(distinct - 1)).collect())
             }
-        };
-        self.model.vision_features(&pixels, &mut self.states)?;
-        let distinct = self.states.to_host(self.model.device())?;
-        Ok(ClipFeatures { distinct, frames })
+        })
     }
 
     /// Digest of what a photograph shows.

@@ -11,6 +11,7 @@ use candor::verify::Emotion;
 use serde::Serialize;
 
 use super::bootstrap::{Interval, interval, resample};
+use super::flips::Flips;
 use super::paired::{exchange, mcnemar};
 use super::record::{self, Record};
 use super::tally::{Measure, Row, Tally};
@@ -27,6 +28,8 @@ pub struct Comparison {
     pub b: String,
     /// Records of each.
     pub n: usize,
+    /// Of how many records the two say something else.
+    pub flips: Flips,
     /// By [`Measure::key`]; without those that are not defined of both.
     pub measures: BTreeMap<&'static str, Difference>,
     /// Recall of each class.
@@ -168,6 +171,7 @@ pub fn compare(names: [&str; 2], records: &[Vec<Record>; 2]) -> Comparison {
         a: names[0].to_owned(),
         b: names[1].to_owned(),
         n: a.len(),
+        flips: Flips::between(&records[0], &records[1]),
         measures: measures.collect(),
         recall: recall.collect(),
     }
@@ -194,6 +198,15 @@ pub(super) fn print(comparison: &Comparison) -> io::Result<()> {
     }
     for (emotion, pair) in &comparison.recall {
         line(&format!("  right of those that are {emotion}"), pair, "")?;
+    }
+    let flips = &comparison.flips;
+    for (name, count) in [
+        ("fast answers that differ", flips.fast),
+        ("answers after the rationale that differ", flips.after),
+        ("verdicts that differ", flips.verdict),
+        ("rationales that differ", flips.rationale),
+    ] {
+        say(format_args!("{name:42} {count:>9}    {:.2} %", 100.0 * flips.share(count)))?;
     }
     say("\np: McNemar's exact test where numbers stand behind it, else random exchange").map(drop)
 }

@@ -8,6 +8,7 @@
 
 pub mod bootstrap;
 pub mod compare;
+pub mod flips;
 pub mod metrics;
 mod page;
 pub mod paired;
@@ -110,6 +111,9 @@ pub struct EvalArgs {
     /// Threads, each with a model of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Compute with activations in f32 where weights are quantised, in place of rounding them to bytes as in use.
+    #[arg(long)]
+    pub exact: bool,
     /// Hold the records of two evaluations of the same data against each other, in the place of evaluating.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["model", "data", "faces", "records"])]
     pub compare: Option<Vec<PathBuf>>,
@@ -130,6 +134,16 @@ impl EvalArgs {
         make_unique(&mut data.items);
         Ok(data)
     }
+
+    /// The data within the limit.
+    fn limited(&self) -> anyhow::Result<Dataset> {
+        let mut data = self.dataset()?;
+        if let Some(limit) = self.limit {
+            ensure!(limit > 0, "--limit must be at least 1");
+            data.items = spread(std::mem::take(&mut data.items), limit);
+        }
+        Ok(data)
+    }
 }
 
 /// Runs `candor-tools eval`.
@@ -141,11 +155,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let html = args.html.clone().or(args.data.as_ref().map(|_| PathBuf::from(PAGE)));
     // A place that cannot be written to shows now, not after the work.
     html.iter().chain(&args.records).try_for_each(|path| check_writable(path))?;
-    let mut data = args.dataset()?;
-    if let Some(limit) = args.limit {
-        ensure!(limit > 0, "--limit must be at least 1");
-        data.items = spread(std::mem::take(&mut data.items), limit);
-    }
+    let data = args.limited()?;
     let model = args.model()?;
     warn_of_unknown_labels(model, &data.items)?;
     let records = evaluate(args, &data)?;
@@ -168,6 +178,11 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
         print(&metrics)?;
     }
     Ok(())
+}
+
+/// What a model makes of each entry of the data.
+pub(crate) fn records(args: &EvalArgs) -> anyhow::Result<Vec<Record>> {
+    evaluate(args, &args.limited()?)
 }
 
 /// `--compare A B`
@@ -254,7 +269,7 @@ pub(crate) fn make_unique(items: &mut [Item]) {
 }
 
 /// At most `limit` items, evenly from all of them.
-fn spread(items: Vec<Item>, limit: usize) -> Vec<Item> {
+pub(crate) fn spread(items: Vec<Item>, limit: usize) -> Vec<Item> {
     let (all, count) = (items.len(), limit.min(items.len()));
     let mut taken = (0..count).map(|i| i * all / count).peekable();
     items.into_iter().enumerate().filter(|(i, _)| taken.next_if_eq(i).is_some()).map(|(_, item)| item).collect()

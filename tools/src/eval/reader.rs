@@ -79,6 +79,7 @@ impl<'a> Reader<'a> {
             let fit = Some(Fit::Stretch);
             let settings = WatchSettings { policy: args.policy, sampling, fit, head_rows, ..WatchSettings::default() };
             let device = CpuDevice::new(Some(1));
+            let device = if args.exact { device.exact() } else { device };
             let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
             if let Some(adapter) = &args.adapter {
                 watcher.adapt(adapter)?;

@@ -1,15 +1,15 @@
 //! `candor-tools synthesize`: a model folder of a published size with random weights. Speed and memory do not depend on
 //! the values, so they can be measured where the real weights may not be.
 //!
-//! The preset is a config.json ([`preset`]); what a folder with it must hold is listed ([`layout`]), each tensor laid
-//! down as asked for ([`storage`]), and the file filled from a seed, tensor by tensor ([`file`]).
+//! The preset is a config.json (`preset`); what a folder with it must hold is listed (`layout`), each tensor laid
+//! down as asked for (`storage`), and the file filled from a seed, tensor by tensor (`file`).
 
 mod file;
 mod layout;
 mod preset;
 mod storage;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::{Path, PathBuf};
 
@@ -23,8 +23,8 @@ use layout::Part;
 use preset::Preset;
 use storage::{Storage, Weights};
 
-/// Values of an int4 group where none is named: as many as a block of GGUF's Q4_0 has.
-const INT4_GROUP: usize = 32;
+use crate::quantize::INT4_GROUP;
+use crate::quantize::format::Group;
 
 /// `candor-tools synthesize`
 #[derive(clap::Args)]
@@ -36,7 +36,7 @@ pub struct SynthesizeArgs {
     #[arg(long)]
     weights: Weights,
     /// Values that share a scale: 32, 64, 128, or row for a whole row. If not given, 32 for int4 and row for int8.
-    #[arg(long, value_parser = group)]
+    #[arg(long, value_parser = Group::parse)]
     group: Option<Group>,
     /// How the embedding table, which is the output head too, is stored; int8 if not given and --weights is int8 or int4.
     #[arg(long)]
@@ -55,23 +55,6 @@ pub struct SynthesizeArgs {
     output: PathBuf,
 }
 
-/// How many values share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Group {
-    Row,
-    Of(usize),
-}
-
-fn group(text: &str) -> Result<Group, String> {
-    match text {
-        "row" => Ok(Group::Row),
-        "32" => Ok(Group::Of(32)),
-        "64" => Ok(Group::Of(64)),
-        "128" => Ok(Group::Of(128)),
-        _ => Err("32, 64, 128 or row are possible".to_owned()),
-    }
-}
-
 /// Runs `candor-tools synthesize`.
 pub fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
     let storage = args.storage()?;
@@ -88,9 +71,9 @@ impl SynthesizeArgs {
             (Some(_), Weights::F32 | Weights::F16) => {
                 bail!("--group is for int8 and int4; leave it out, or change --weights")
             }
-            (Some(Group::Of(values)), _) => Some(values),
-            (None, Weights::Int4) => Some(INT4_GROUP),
-            _ => None,
+            (Some(group), _) => group,
+            (None, Weights::Int4) => INT4_GROUP,
+            _ => Group::Row,
         };
         if self.parts.contains(&Part::Audio) && !self.audio {
             bail!("--parts names audio, but without --audio the model has no audio tower");
@@ -102,11 +85,8 @@ impl SynthesizeArgs {
 
 /// Writes the folder and returns the size of its weights in bytes.
 fn write(folder: &Path, name: &str, mut config: Value, storage: &Storage, seed: u64) -> anyhow::Result<u64> {
-    let failed = || format!("{}", folder.display());
-    if folder.is_dir() && std::fs::read_dir(folder).with_context(failed)?.next().is_some() {
-        bail!("{} is not empty; name a new folder with --output", folder.display());
-    }
-    std::fs::create_dir_all(folder).with_context(failed)?;
+    crate::folder::check_empty(folder, "--output")?;
+    std::fs::create_dir_all(folder).with_context(|| format!("{}", folder.display()))?;
     if let Some(quantisation) = storage.config() {
         config["quantization_config"] = quantisation;
     }

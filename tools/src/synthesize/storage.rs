@@ -2,14 +2,15 @@
 //! value; `pack-quantized`: eight 4-bit values a word).
 
 use safetensors::Dtype;
-use serde_json::{Value, json};
+use serde_json::Value;
+
+use crate::quantize::format::{self, Bits, Group, Scheme};
+use crate::quantize::stored::declared;
 
 use super::layout::{Entry, Part, Role};
 
 /// Matrices of fewer values stay in f16, as in folders that Candor's own training writes.
 const SMALLEST: usize = 4096;
-/// Values that a word holds.
-const A_WORD: usize = 8;
 /// Standard deviation of whole numbers that are equally likely: of -8 to 7, and of -127 to 127.
 const INT4_DEVIATION: f32 = 4.61;
 const INT8_DEVIATION: f32 = 73.6;
@@ -34,8 +35,8 @@ pub(super) enum Weights {
 pub(super) struct Storage {
     /// The linear layers of `parts`.
     pub(super) weights: Weights,
-    /// Values that share a scale; a row if none.
-    pub(super) group: Option<usize>,
+    /// Values that share a scale.
+    pub(super) group: Group,
     /// The embedding table.
     pub(super) head: Weights,
     /// Empty for all.
@@ -86,24 +87,28 @@ impl Storage {
             }
             Weights::Int8 | Weights::Int4 => {
                 let (rows, columns) = (shape[0], inputs);
-                let group = if *role == Role::Head && weights == Weights::Int8 { None } else { self.group };
-                let scales = group.map_or(1, |group| columns.div_ceil(group));
-                let dtype = if group.is_some() || weights == Weights::Int4 { Dtype::F16 } else { Dtype::F32 };
+                let head = *role == Role::Head;
+                let scheme = self.scheme(weights, head);
                 let values = if weights == Weights::Int8 { INT8_DEVIATION } else { INT4_DEVIATION };
                 let scale = deviation / values;
-                let scale =
-                    record(format!("{name}_scale"), dtype, vec![rows, scales], Fill::Between(0.8 * scale, 1.2 * scale));
-                if weights == Weights::Int8 {
-                    return vec![record(name.clone(), Dtype::I8, shape.clone(), Fill::Bytes), scale];
-                }
-                let words = vec![rows, columns.div_ceil(A_WORD)];
-                let numbers = Fill::Numbers([rows, columns]);
-                vec![
-                    record(format!("{name}_packed"), Dtype::I32, words, Fill::Words),
-                    record(format!("{name}_shape"), Dtype::I64, vec![2], numbers),
-                    scale,
-                ]
+                let records = declared(name, rows, columns, scheme).into_iter();
+                let fill = |dtype| match dtype {
+                    Dtype::I8 => Fill::Bytes,
+                    Dtype::I32 => Fill::Words,
+                    Dtype::I64 => Fill::Numbers([rows, columns]),
+                    _ => Fill::Between(0.8 * scale, 1.2 * scale),
+                };
+                records.map(|(name, dtype, shape)| record(name, dtype, shape, fill(dtype))).collect()
             }
+        }
+    }
+
+    /// The format of matrices in whole numbers; the head's bytes have a scale a row.
+    fn scheme(&self, weights: Weights, head: bool) -> Scheme {
+        match weights {
+            Weights::Int8 if head => Scheme::INT8_ROWS,
+            Weights::Int8 => Scheme { bits: Bits::Eight, group: self.group },
+            _ => Scheme { bits: Bits::Four, group: self.group },
         }
     }
 
@@ -124,40 +129,17 @@ impl Storage {
             true => vec!["Linear".to_owned()],
             false => self.parts.iter().flat_map(|part| part.prefixes()).map(|prefix| below(prefix)).collect(),
         };
-        let layers = scheme(self.weights, self.group, targets);
-        let head_group = if self.head == Weights::Int8 { None } else { self.group };
-        let head = scheme(self.head, head_group, vec![below("model.embed_tokens"), below("lm_head")]);
-        let schemes: Vec<Value> = layers.into_iter().chain(head).collect();
-        let format = match &schemes[..] {
-            [] => return None,
-            [first, rest @ ..] if rest.iter().all(|other| other["format"] == first["format"]) => {
-                first["format"].clone()
-            }
-            _ => "mixed-precision".into(),
+        let group = |weights: Weights, head: bool, targets: Vec<String>| {
+            let integers = matches!(weights, Weights::Int8 | Weights::Int4);
+            integers.then(|| self.scheme(weights, head).config(&targets))
         };
-        let groups: serde_json::Map<String, Value> =
-            schemes.into_iter().enumerate().map(|(i, scheme)| (format!("group_{i}"), scheme)).collect();
-        Some(json!({
-            "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
-            "config_groups": groups, "ignore": [],
-        }))
+        let layers = group(self.weights, false, targets);
+        let head = group(self.head, true, vec![below("model.embed_tokens"), below("lm_head")]);
+        format::config(layers.into_iter().chain(head).collect())
     }
 }
 
 /// The modules whose names start so, as compressed-tensors writes it.
 fn below(prefix: &str) -> String {
     format!("re:^{}.*", prefix.replace('.', "\\."))
-}
-
-/// One group of `config_groups`; none for what is not quantised.
-fn scheme(weights: Weights, group: Option<usize>, targets: Vec<String>) -> Option<Value> {
-    let (format, bits) = match weights {
-        Weights::Int8 => ("int-quantized", 8),
-        Weights::Int4 => ("pack-quantized", 4),
-        Weights::F32 | Weights::F16 => return None,
-    };
-    let strategy = if group.is_some() { "group" } else { "channel" };
-    let weights = json!({"num_bits": bits, "type": "int", "symmetric": true, "strategy": strategy,
-        "group_size": group, "dynamic": false});
-    Some(json!({"targets": targets, "format": format, "weights": weights, "input_activations": null}))
 }

@@ -26,7 +26,7 @@ fn tiny() -> Value {
     })
 }
 
-fn storage(weights: Weights, group: Option<usize>, head: Weights) -> Storage {
+fn storage(weights: Weights, group: Group, head: Weights) -> Storage {
     Storage { weights, group, head, parts: Vec::new() }
 }
 
@@ -34,6 +34,13 @@ fn synthesize(config: Value, storage: &Storage) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "tiny", config, storage, 1).unwrap();
     folder
+}
+
+/// A small model in which every size is another, for other tests.
+pub(crate) fn tiny_folder(weights: &str) -> tempfile::TempDir {
+    let weights = <Weights as clap::ValueEnum>::from_str(weights, false).unwrap();
+    let group = if weights == Weights::Int4 { Group::Of(32) } else { Group::Row };
+    synthesize(tiny(), &storage(weights, group, weights))
 }
 
 /// Runs every part, and checks that what comes out is finite and not all the same.
@@ -67,20 +74,20 @@ fn run_all_parts(folder: &Path) {
 #[test]
 fn synthesized_folders_open_and_compute() {
     for storage in [
-        storage(Weights::F32, None, Weights::F32),
-        storage(Weights::F16, None, Weights::F16),
-        storage(Weights::Int8, None, Weights::Int8),
-        storage(Weights::Int8, None, Weights::F16),
-        storage(Weights::Int8, Some(32), Weights::Int8),
-        storage(Weights::Int4, Some(32), Weights::Int8),
-        storage(Weights::Int4, None, Weights::Int4),
-        Storage { parts: vec![Part::Decoder], ..storage(Weights::Int4, Some(64), Weights::F16) },
+        storage(Weights::F32, Group::Row, Weights::F32),
+        storage(Weights::F16, Group::Row, Weights::F16),
+        storage(Weights::Int8, Group::Row, Weights::Int8),
+        storage(Weights::Int8, Group::Row, Weights::F16),
+        storage(Weights::Int8, Group::Of(32), Weights::Int8),
+        storage(Weights::Int4, Group::Of(32), Weights::Int8),
+        storage(Weights::Int4, Group::Row, Weights::Int4),
+        Storage { parts: vec![Part::Decoder], ..storage(Weights::Int4, Group::Of(64), Weights::F16) },
     ] {
         run_all_parts(synthesize(tiny(), &storage).path());
     }
     let mut silent = tiny();
     silent.as_object_mut().unwrap().remove("audio_config");
-    run_all_parts(synthesize(silent, &storage(Weights::F16, None, Weights::F16)).path());
+    run_all_parts(synthesize(silent, &storage(Weights::F16, Group::Row, Weights::F16)).path());
 }
 
 #[test]
@@ -88,14 +95,14 @@ fn synthesized_verifiers_open_and_compute() {
     let config = json!({"model_type": "roberta", "hidden_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 136, "vocab_size": 47, "max_position_embeddings": 24, "type_vocab_size": 1,
         "pad_token_id": 1, "id2label": {"0": "a", "1": "b"}});
-    let folder = synthesize(config, &storage(Weights::Int8, None, Weights::Int8));
+    let folder = synthesize(config, &storage(Weights::Int8, Group::Row, Weights::Int8));
     let mut classifier = Classifier::open(folder.path(), CpuDevice::new(Some(1))).unwrap();
     assert!(classifier.logits(&[3, 4, 5]).unwrap().iter().all(|logit| logit.is_finite()));
 }
 
 #[test]
 fn packed_weights_are_laid_down_as_compressed_tensors_does() {
-    let storage = storage(Weights::Int4, Some(32), Weights::Int8);
+    let storage = storage(Weights::Int4, Group::Of(32), Weights::Int8);
     let folder = synthesize(tiny(), &storage);
     let bytes = std::fs::read(folder.path().join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -134,7 +141,7 @@ fn packed_weights_are_laid_down_as_compressed_tensors_does() {
 fn the_same_seed_gives_the_same_file() {
     let read = |seed| {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), "tiny", tiny(), &storage(Weights::Int8, None, Weights::F16), seed).unwrap();
+        write(folder.path(), "tiny", tiny(), &storage(Weights::Int8, Group::Row, Weights::F16), seed).unwrap();
         std::fs::read(folder.path().join("model.safetensors")).unwrap()
     };
     let first = read(1);
@@ -175,9 +182,9 @@ fn wrong_requests_are_named() {
         CommandLine::try_parse_from(words.split(' ')).map(|line| line.args)
     };
     let int4 = parse("--weights int4").unwrap().storage().unwrap();
-    assert_eq!((int4.group, int4.head), (Some(32), Weights::Int8));
+    assert_eq!((int4.group, int4.head), (Group::Of(32), Weights::Int8));
     let int4 = parse("--weights int4 --group row --head int4 --parts vision,decoder").unwrap().storage().unwrap();
-    assert_eq!((int4.group, int4.head, int4.parts.len()), (None, Weights::Int4, 2));
+    assert_eq!((int4.group, int4.head, int4.parts.len()), (Group::Row, Weights::Int4, 2));
     assert_eq!(parse("--weights f32").unwrap().storage().unwrap().head, Weights::F32);
     for (words, said) in [
         ("--weights int4 --group 48", "32, 64, 128 or row"),
@@ -189,7 +196,7 @@ fn wrong_requests_are_named() {
     for (words, said) in [("--weights f16 --group 32", "--group"), ("--weights int8 --parts audio", "--audio")] {
         assert!(parse(words).unwrap().storage().unwrap_err().to_string().contains(said), "{words}");
     }
-    let folder = synthesize(tiny(), &storage(Weights::F16, None, Weights::F16));
-    let again = write(folder.path(), "tiny", tiny(), &storage(Weights::F16, None, Weights::F16), 1);
+    let folder = synthesize(tiny(), &storage(Weights::F16, Group::Row, Weights::F16));
+    let again = write(folder.path(), "tiny", tiny(), &storage(Weights::F16, Group::Row, Weights::F16), 1);
     assert!(again.unwrap_err().to_string().contains("--output"));
 }

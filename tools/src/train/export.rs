@@ -6,12 +6,12 @@ use super::gate_text::InstructionEncoder;
 use super::student::{Prompt, Student};
 use crate::data::cold_start::Description;
 use crate::data::tokenizer::{CHAT_TEMPLATE, END_OF_TEXT, TURN_END};
-use crate::quantise::{self, Stored};
+use crate::quantize::stored::{self, Record, Stored};
 use anyhow::Context;
 use candor::manifest::{Answer, InputSection, Manifest, ModelSection};
 use candor::media::Fit;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensorError, serialize};
+use safetensors::{SafeTensorError, serialize};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -43,14 +43,6 @@ pub struct Export<'a> {
     pub description: &'a Description,
 }
 
-/// A stored tensor on its way to the file.
-pub(super) struct Record {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
 /// Writes the folder and says how large it is and what the rounding of weights cost.
 pub fn write(model: &Export<'_>) -> anyhow::Result<String> {
     std::fs::create_dir_all(model.folder.join("bert")).with_context(|| format!("{}", model.folder.display()))?;
@@ -62,7 +54,7 @@ pub fn write(model: &Export<'_>) -> anyhow::Result<String> {
         if error > worst {
             (worst, largest) = (error, name.clone());
         }
-        records.extend(lay_down(name, shape, stored));
+        records.extend(stored.records(&name, shape));
     };
     for (name, shape, values) in model.tower.tensors(model.standard) {
         add(format!("model.vision_tower.vision_tower.{name}"), shape, &values);
@@ -129,26 +121,6 @@ pub(super) fn file_of(records: &[Record]) -> Result<Vec<u8>, SafeTensorError> {
     serialize(views?, Some(about))
 }
 
-/// A stored tensor as the records of a file.
-pub(super) fn lay_down(name: String, shape: &[usize], stored: Stored) -> Vec<Record> {
-    match stored {
-        Stored::F16(values) => {
-            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            vec![Record { name, dtype: Dtype::F16, shape: shape.to_vec(), bytes }]
-        }
-        Stored::I8 { bytes, scales } => {
-            let scale = Record {
-                name: format!("{name}_scale"),
-                dtype: Dtype::F32,
-                shape: vec![scales.len(), 1],
-                bytes: scales.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            };
-            let bytes = bytes.iter().map(|&b| b as u8).collect();
-            vec![Record { name, dtype: Dtype::I8, shape: shape.to_vec(), bytes }, scale]
-        }
-    }
-}
-
 fn config(model: &Export<'_>) -> Value {
     let (size, tower) = (model.student.size, model.tower.config());
     let d = size.decoder;
@@ -166,6 +138,6 @@ fn config(model: &Export<'_>) -> Value {
             "image_size": tower.image_size, "patch_size": tower.patch_size,
             "layer_norm_eps": tower.layer_norm_eps, "hidden_act": tower.hidden_act},
         "bert_config": model.encoder.config(),
-        "quantization_config": quantise::config(),
+        "quantization_config": stored::config(),
     })
 }

@@ -5,7 +5,7 @@ use super::checkpoint::write_atomically;
 use super::faces::{Faces, Jitter};
 use super::tower::{Geometry, Tower, TowerConfig, Worker, only_safetensors};
 use crate::files;
-use crate::quantise::Stored;
+use crate::quantize::stored::Stored;
 use anyhow::{Context, ensure};
 use candor::weights::Checkpoint;
 use half::f16;

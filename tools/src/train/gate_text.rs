@@ -3,7 +3,7 @@
 
 use super::encoder::{Affine, BERT_NAMES, Encoder, EncoderBuffers, EncoderSize, NormPlace, Sequences};
 use super::parameters::{Plan, Treatment};
-use crate::quantise::Stored;
+use crate::quantize::stored::Stored;
 use anyhow::anyhow;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -10,7 +10,7 @@ use super::sft::{Part, SftArgs, run};
 use super::student::{Prompt, Share, Student, StudentBuffers, StudentSize};
 use crate::data::cold_start::{self, FacesArgs, INSTRUCTION};
 use crate::data::rationale::Cue;
-use crate::quantise::Stored;
+use crate::quantize::stored::Stored;
 use candle_core::{Device, Tensor};
 use candor::manifest::Manifest;
 use candor::model::{LanguageModel, Model, Piece};

@@ -11,7 +11,7 @@ use super::optimiser::AdamW;
 use super::parameters::{Plan, Treatment, read_tensors};
 use super::schedule::{Decay, Schedule};
 use super::tower::stop_on_interrupt;
-use crate::quantise::{self, Stored};
+use crate::quantize::stored::{self, Stored};
 use crate::sentences::{LABELS, Labelled, above, agreement, by_rule, macro_f1, read_sentences};
 use anyhow::{Context, bail, ensure};
 use candor::verify::emotions::GO_EMOTIONS;
@@ -628,7 +628,7 @@ fn write_verifier(
     for entry in verifier.plan.entries() {
         let kind = if entry.range == verifier.words { "words.weight" } else { &entry.name };
         let stored = Stored::new(kind, &entry.shape, &values[entry.range.clone()]);
-        records.extend(export::lay_down(entry.name.clone(), &entry.shape, stored));
+        records.extend(stored.records(&entry.name, &entry.shape));
     }
     checkpoint::write_atomically(&folder.join("model.safetensors"), &export::file_of(&records)?)?;
     let config = &verifier.config;
@@ -652,7 +652,7 @@ fn write_verifier(
         "layer_norm_eps": config.layer_norm_eps,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": "float16",
-        "quantization_config": quantise::config(),
+        "quantization_config": stored::config(),
         "id2label": id2label,
         "label2id": label2id,
     });

@@ -96,12 +96,12 @@ impl Task<'_> {
         self.pack_scales(columns, of_columns, one);
         let of_columns = &*of_columns;
         match (self.layer.codes.bits, a_block) {
-            (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, 1>(set, &panel, of_columns),
-            (Bits::Four, 2) => self.rows::<I, R, V, 4, 2>(set, &panel, of_columns),
-            (Bits::Four, _) => self.rows::<I, R, V, 4, 4>(set, &panel, of_columns),
-            (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, 1>(set, &panel, of_columns),
-            (Bits::Eight, 2) => self.rows::<I, R, V, 8, 2>(set, &panel, of_columns),
-            (Bits::Eight, _) => self.rows::<I, R, V, 8, 4>(set, &panel, of_columns),
+            (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, BLOCK>(set, &panel, of_columns),
+            (Bits::Four, 2) => self.rows::<I, R, V, 4, { BLOCK / 2 }>(set, &panel, of_columns),
+            (Bits::Four, _) => self.rows::<I, R, V, 4, { BLOCK / 4 }>(set, &panel, of_columns),
+            (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, BLOCK>(set, &panel, of_columns),
+            (Bits::Eight, 2) => self.rows::<I, R, V, 8, { BLOCK / 2 }>(set, &panel, of_columns),
+            (Bits::Eight, _) => self.rows::<I, R, V, 8, { BLOCK / 4 }>(set, &panel, of_columns),
         }
         SCALES.set(scales);
         PANEL.set(panel);
@@ -135,9 +135,9 @@ impl Task<'_> {
         }
     }
 
-    /// All rows; `S` sums of a block are scaled each on its own.
+    /// All rows; the sums over each `D` bytes of depth are scaled each on its own.
     #[inline(always)]
-    fn rows<I: Integer, const R: usize, const V: usize, const BITS: usize, const S: usize>(
+    fn rows<I: Integer, const R: usize, const V: usize, const BITS: usize, const D: usize>(
         &self,
         set: I,
         panel: &[u8],
@@ -146,7 +146,8 @@ impl Task<'_> {
         let simd = set.float();
         let columns = V * lanes::<I>();
         let offset = if BITS == 4 { OFFSET4 } else { I::OFFSET8 };
-        let (depth, parts) = (BLOCK / S, PARTS / S);
+        let a_block = BLOCK / D;
+        let parts = PARTS / a_block;
         let mut tile = [[0.0f32; MAX_COLUMNS]; R];
         for first in self.rows.clone().step_by(R) {
             let height = R.min(self.rows.end - first);
@@ -158,17 +159,17 @@ impl Task<'_> {
             for tile in &mut tile {
                 tile.fill(0.0);
             }
-            for (s, panel) in panel.chunks_exact(depth * columns).take(self.x.blocks * S).enumerate() {
+            for (s, panel) in panel.chunks_exact(D * columns).take(self.x.blocks * a_block).enumerate() {
                 let mut starts = [0; R];
                 if offset != 0 {
                     for r in 0..R {
                         starts[r] = -offset * sums[r][s * parts..][..parts].iter().sum::<i32>();
                     }
                 }
-                let x: [&[i8]; R] = std::array::from_fn(|r| &codes[r][s * depth..][..depth]);
-                let products = set.tile::<BITS, R, V>(starts, panel, x);
+                let x: [&[i8; D]; R] = std::array::from_fn(|r| &codes[r].as_chunks().0[s]);
+                let products = set.tile::<BITS, D, R, V>(starts, panel, x);
                 for r in 0..R {
-                    let factor = simd.splat(factors[r][s / S]);
+                    let factor = simd.splat(factors[r][s / a_block]);
                     for v in 0..V {
                         let scale = match scales.is_empty() {
                             true => factor,

@@ -21,6 +21,8 @@ pub(crate) trait IntegerOperation {
 pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// The set's f32.
     type Float: Simd;
+    /// What its byte products are called in print.
+    const NAME: &'static str;
     type Bytes: Copy;
     /// i32, one for each four bytes.
     type Sums: Copy;
@@ -47,28 +49,28 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     fn dot8(self, sum: Self::Sums, codes: Self::Bytes, activations: Self::Bytes) -> Self::Sums;
     /// Bytes of an output that lie together in a panel of the blocked product, 4 or 8.
     const TOGETHER: usize = 4;
-    /// `starts[r] + Σ codes · x[r]` for `R` rows of activations and for `V` vectors of outputs, whose codes of `BITS` bits
-    /// lie in a panel `[x.len() / TOGETHER, outputs, TOGETHER]`.
+    /// `starts[r] + Σ codes · x[r]` for `R` rows of `D` activations and for `V` vectors of outputs, whose codes of `BITS`
+    /// bits lie in a panel `[D / TOGETHER, outputs, TOGETHER]`.
     #[inline(always)]
-    fn tile<const BITS: usize, const R: usize, const V: usize>(
+    fn tile<const BITS: usize, const D: usize, const R: usize, const V: usize>(
         self,
         starts: [i32; R],
         panel: &[u8],
-        x: [&[i8]; R],
+        x: [&[i8; D]; R],
     ) -> [[Self::Sums; V]; R] {
         let vector = 4 * lanes::<Self>();
         let mut sums = [[self.splat_sum(0); V]; R];
         for r in 0..R {
             sums[r] = [self.splat_sum(starts[r]); V];
         }
-        let x: [&[[i8; 4]]; R] = std::array::from_fn(|r| &x[r].as_chunks::<4>().0[..panel.len() / (V * vector)]);
-        for (u, panel) in panel.chunks_exact(V * vector).enumerate() {
+        // The bound makes it plain that u stays within x.
+        for (u, panel) in panel.chunks_exact(V * vector).enumerate().take(D / 4) {
             let mut codes = [self.splat_bytes(&[0; 4]); V];
             for v in 0..V {
                 codes[v] = self.bytes(&panel[v * vector..]);
             }
             for r in 0..R {
-                let x = self.splat_bytes(&x[r][u]);
+                let x = self.splat_bytes(&x[r][4 * u..4 * u + 4]);
                 for v in 0..V {
                     sums[r][v] =
                         if BITS == 4 { self.dot4(sums[r][v], codes[v], x) } else { self.dot8(sums[r][v], codes[v], x) };
@@ -101,6 +103,7 @@ const LANES: usize = Portable::LANES;
 
 impl Integer for Portable {
     type Float = Portable;
+    const NAME: &'static str = "plain Rust";
     type Bytes = [i8; 4 * LANES];
     type Sums = [i32; LANES];
     const OFFSET8: i32 = 0;

@@ -13,7 +13,7 @@ use super::{Operation, Portable, Simd};
 use std::sync::OnceLock;
 
 /// The environment variable that names a level.
-const VARIABLE: &str = "CANDOR_CPU";
+pub(crate) const LEVEL_VARIABLE: &str = "CANDOR_CPU";
 
 /// The levels above the plain one, best last: where they exist, their name, what a set's value gives f32 kernels and
 /// what it gives kernels that multiply bytes.
@@ -87,12 +87,12 @@ impl Level {
     pub(crate) fn chosen() -> Self {
         static CHOSEN: OnceLock<Level> = OnceLock::new();
         *CHOSEN.get_or_init(|| {
-            if let Ok(name) = std::env::var(VARIABLE) {
+            if let Ok(name) = std::env::var(LEVEL_VARIABLE) {
                 match Level::named(&name) {
                     Some(level) => return level,
                     None => {
                         let known: Vec<&str> = Level::all().map(Level::name).collect();
-                        log::warn!("{VARIABLE}={name} is ignored: this processor has {}", known.join(", "));
+                        log::warn!("{LEVEL_VARIABLE}={name} is ignored: this processor has {}", known.join(", "));
                     }
                 }
             }

@@ -15,15 +15,17 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_integer;
 
-pub(crate) use level::Level;
+pub(crate) use level::{LEVEL_VARIABLE, Level};
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::Avx512Bf16;
 
 /// How far ahead weights are fetched: what a core reads in the time that the memory takes to answer, and some more.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 8192;
 
-/// Has the memory fetch the line [`AHEAD`] bytes behind the start of `from`, if there is anything.
+/// Has the memory fetch the line `AHEAD` bytes behind the start of `from`, if there is anything. On x86-64 alone, where it
+/// was measured to help.
 #[inline(always)]
 pub(crate) fn fetch_ahead<T>(from: &[T]) {
     #[cfg(target_arch = "x86_64")]
@@ -46,6 +48,8 @@ pub(crate) trait Operation {
 /// Vectors of f32 of one instruction set.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type Vector: Copy;
+    /// What the set is called in print.
+    const NAME: &'static str;
     /// f32 a vector.
     const LANES: usize;
 

@@ -12,6 +12,19 @@ impl Neon {
     pub(crate) fn new() -> Option<Self> {
         std::arch::is_aarch64_feature_detected!("neon").then_some(Neon(()))
     }
+
+    /// IEEE halves as f32.
+    #[inline(always)]
+    pub(super) fn widen(self, halves: uint16x4_t) -> float32x4_t {
+        let wide;
+        // The intrinsic takes a type that is not stable.
+        // SAFETY: `self` exists, so the instruction is there.
+        unsafe {
+            asm!("fcvtl {wide:v}.4s, {halves:v}.4h", wide = lateout(vreg) wide, halves = in(vreg) halves,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        wide
+    }
 }
 
 /// An instruction on both halves of its operands.
@@ -24,6 +37,7 @@ macro_rules! both {
 
 impl Simd for Neon {
     type Vector = [float32x4_t; 2];
+    const NAME: &'static str = "NEON";
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -93,17 +107,17 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn load_f16(self, from: &[u16]) -> Self::Vector {
-        let (low, high);
         // SAFETY: `self` exists, so the instructions are there; the slicing checked the length.
+        let halves = unsafe { vld1q_u16(from[..8].as_ptr()) };
+        let high;
+        // The intrinsic takes a type that is not stable.
+        // SAFETY: `self` exists, so the instruction is there.
         unsafe {
-            let halves = vld1q_u16(from[..8].as_ptr());
-            // The intrinsics of these two take a type that is not stable.
-            asm!("fcvtl {low:v}.4s, {halves:v}.4h", low = lateout(vreg) low, halves = in(vreg) halves,
-                options(pure, nomem, nostack, preserves_flags));
             asm!("fcvtl2 {high:v}.4s, {halves:v}.8h", high = lateout(vreg) high, halves = in(vreg) halves,
                 options(pure, nomem, nostack, preserves_flags));
         }
-        [low, high]
+        // SAFETY: as above.
+        [self.widen(unsafe { vget_low_u16(halves) }), high]
     }
     #[inline(always)]
     fn load_bf16(self, from: &[u16]) -> Self::Vector {

@@ -121,10 +121,20 @@ macro_rules! bytes_of_two_registers {
             // SAFETY: `self` exists, so the instructions are there.
             unsafe { [vdupq_n_f32(from[0]), vdupq_n_f32(second)] }
         }
+        #[inline(always)]
+        fn spread_halves(self, from: &[u16], each: usize) -> [float32x4_t; 2] {
+            let second = if each >= 8 { from[0] } else { from[1] };
+            // SAFETY: `self` exists, so the instructions are there.
+            unsafe {
+                let wide = self.float().widen(vcreate_u16(u64::from(from[0]) | u64::from(second) << 16));
+                [vdupq_laneq_f32::<0>(wide), vdupq_laneq_f32::<1>(wide)]
+            }
+        }
     };
 }
 
 impl Integer for Neon {
+    const NAME: &'static str = "NEON";
     bytes_of_two_registers!();
 
     #[inline(always)]
@@ -154,6 +164,7 @@ impl Integer for Neon {
 }
 
 impl Integer for NeonDot {
+    const NAME: &'static str = "NEON dotprod";
     bytes_of_two_registers!();
 
     #[inline(always)]
@@ -180,6 +191,7 @@ impl Integer for NeonDot {
 }
 
 impl Integer for NeonI8mm {
+    const NAME: &'static str = "NEON i8mm, dotprod where rows are few";
     bytes_of_two_registers!();
     const TOGETHER: usize = 8;
 
@@ -205,25 +217,25 @@ impl Integer for NeonI8mm {
         self.0.dot8(sum, codes, activations)
     }
     #[inline(always)]
-    fn tile<const BITS: usize, const R: usize, const V: usize>(
+    fn tile<const BITS: usize, const D: usize, const R: usize, const V: usize>(
         self,
         starts: [i32; R],
         panel: &[u8],
-        x: [&[i8]; R],
+        x: [&[i8; D]; R],
     ) -> [[Self::Sums; V]; R] {
         const { assert!(R.is_multiple_of(2), "rows come in pairs") };
         // Until the end the sums of rows r and r + 1 are blocks of two rows by two outputs: the vector's first four
         // outputs at r, its last four at r + 1.
         let mut sums = [[self.splat_sum(0); V]; R];
-        let x: [&[[i8; 8]]; R] = std::array::from_fn(|r| x[r].as_chunks::<8>().0);
-        for (u, panel) in panel.chunks_exact(V * 64).enumerate() {
+        for (u, panel) in panel.chunks_exact(V * 64).enumerate().take(D / 8) {
             let mut codes = [[self.splat_bytes(&[0; 4]); 2]; V];
             for v in 0..V {
                 codes[v] = [self.bytes(&panel[v * 64..]), self.bytes(&panel[v * 64 + 32..])];
             }
             for r in (0..R).step_by(2) {
-                // SAFETY: `self` exists, so the instructions are there; each load is of eight bytes.
-                let x = unsafe { vcombine_s8(vld1_s8(x[r][u].as_ptr()), vld1_s8(x[r + 1][u].as_ptr())) };
+                let (first, second) = (&x[r][8 * u..8 * u + 8], &x[r + 1][8 * u..8 * u + 8]);
+                // SAFETY: `self` exists, so the instructions are there; the slicing checked the lengths.
+                let x = unsafe { vcombine_s8(vld1_s8(first.as_ptr()), vld1_s8(second.as_ptr())) };
                 for v in 0..V {
                     for i in 0..4 {
                         let sum = &mut sums[r + i / 2][v][i % 2];

@@ -10,6 +10,7 @@ const PORTABLE_LANES: usize = 8;
 
 impl Simd for Portable {
     type Vector = [f32; PORTABLE_LANES];
+    const NAME: &'static str = "plain Rust";
     const LANES: usize = PORTABLE_LANES;
 
     #[inline(always)]

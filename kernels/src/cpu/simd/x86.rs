@@ -97,6 +97,7 @@ impl Avx512Bf16 {
 
 impl Simd for Avx2 {
     type Vector = __m256;
+    const NAME: &'static str = "AVX2";
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -279,6 +280,7 @@ impl Simd for Avx2 {
 
 impl Simd for Avx512 {
     type Vector = __m512;
+    const NAME: &'static str = "AVX-512";
     const LANES: usize = 16;
 
     #[inline(always)]

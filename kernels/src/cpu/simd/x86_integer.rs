@@ -94,6 +94,7 @@ macro_rules! bytes_of_256_bits {
 }
 
 impl Integer for Avx2 {
+    const NAME: &'static str = "AVX2";
     const OFFSET8: i32 = 0;
     bytes_of_256_bits!();
 
@@ -134,6 +135,7 @@ impl Integer for Avx2 {
 }
 
 impl Integer for AvxVnni {
+    const NAME: &'static str = "AVX-VNNI";
     const OFFSET8: i32 = 128;
     bytes_of_256_bits!();
 
@@ -167,6 +169,7 @@ impl Integer for AvxVnni {
 }
 
 impl Integer for Avx512Vnni {
+    const NAME: &'static str = "AVX-512 VNNI";
     type Float = Avx512;
     type Bytes = __m512i;
     type Sums = __m512i;

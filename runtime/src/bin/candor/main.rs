@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod doctor;
 mod folders;
+mod machine;
 mod memory;
 mod model;
 mod terminal;
@@ -35,6 +37,7 @@ enum Command {
     Model(model::ModelArgs),
     Trace(trace::Trace),
     Bench(bench::Bench),
+    Doctor(doctor::Doctor),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Model(args) => model::run(args),
         Command::Trace(args) => trace::run(&args),
         Command::Bench(args) => bench::run(args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     exit_code("candor", result)
 }

@@ -2,9 +2,7 @@
 
 /// A figure of /proc/self/status in bytes, such as `VmHWM`, the most that was resident at once; Linux alone tells.
 pub(crate) fn bytes(figure: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(figure)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    crate::machine::kilobytes(&std::fs::read_to_string("/proc/self/status").ok()?, figure)
 }
 
 #[cfg(test)]

@@ -1,0 +1,331 @@
+//! `candor doctor`: what this machine gives, which kernels were chosen for it, and whether a window can be processed.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use candor::manifest::{Manifest, ManifestError};
+#[cfg(feature = "media")]
+use candor::media::Installed;
+use candor::message::{one_line, say};
+use candor::text::Sampling;
+use candor::watch::{Policy, WatchSettings, Watcher};
+use candor_kernels::cpu::{CpuDevice, KernelReport, measure_read_bandwidth};
+use serde::Serialize;
+
+use crate::{folders, machine};
+
+/// Larger than the caches of the processors this runs on.
+const ROOF_BYTES: u64 = 256 << 20;
+
+/// Say what this machine gives, what was chosen for it, and whether everything is there to watch.
+#[derive(clap::Args)]
+pub(crate) struct Doctor {
+    /// Folder of the model; else $CANDOR_MODEL, else models/default here or above the program.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Folder of the verifier; else the one that the model names, else as --model with default-verifier.
+    #[arg(long, value_name = "DIR")]
+    verifier: Option<PathBuf>,
+    /// Threads; one for each core if not given.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    processor: Processor,
+    kernels: Kernels,
+    threads: Threads,
+    memory: Memory,
+    /// None in a build without cameras and files.
+    #[cfg(feature = "media")]
+    media: Option<Installed>,
+    /// None: this build computes on the processor, and looks for no other device.
+    gpu: Option<String>,
+    model: Option<Folder>,
+    verifier: Option<Folder>,
+    /// How long it takes to open both.
+    open_ms: Option<f64>,
+    ready: bool,
+    /// What keeps a window from being processed, and what to do.
+    problems: Vec<String>,
+    /// What does not.
+    remarks: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Processor {
+    name: Option<String>,
+    board: Option<String>,
+    architecture: &'static str,
+    features: Vec<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Kernels {
+    level: &'static str,
+    levels: Vec<&'static str>,
+    /// What CANDOR_CPU names, if it is set.
+    candor_cpu: Option<String>,
+    /// Whether that decided.
+    forced: bool,
+    f32: &'static str,
+    int8: &'static str,
+    int4: &'static str,
+}
+
+#[derive(Serialize)]
+struct Threads {
+    used: usize,
+    /// Cores that the system lets this process use.
+    allowed: usize,
+    /// Cores' worth of time that the control group may take.
+    quota: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Memory {
+    total_mb: Option<f64>,
+    available_mb: Option<f64>,
+    /// The control group's limit.
+    limit_mb: Option<f64>,
+    read_gb_s: f64,
+}
+
+#[derive(Serialize)]
+struct Folder {
+    folder: PathBuf,
+    name: String,
+    version: String,
+    /// Whether every file has the sha256 of the manifest; none where the manifest lists none.
+    as_listed: Option<bool>,
+    sha256: Option<String>,
+}
+
+/// What was found wrong so far.
+#[derive(Default)]
+struct Findings {
+    problems: Vec<String>,
+    remarks: Vec<String>,
+}
+
+impl Findings {
+    /// The value; where there is none, why.
+    fn keep<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.problems.push(one_line(error.as_ref()))).ok()
+    }
+}
+
+pub(crate) fn run(arguments: &Doctor) -> Result<()> {
+    let report = examine(arguments);
+    if arguments.json {
+        say(serde_json::to_string(&report)?)?;
+    } else {
+        say(text(&report))?;
+    }
+    match report.problems.len() {
+        0 => Ok(()),
+        1 => bail!("a problem stands above"),
+        several => bail!("{several} problems stand above"),
+    }
+}
+
+fn examine(arguments: &Doctor) -> Report {
+    let mut found = Findings::default();
+    let device = CpuDevice::new(arguments.threads);
+    let kernels = kernels(&mut found);
+    let memory = memory(&device);
+    #[cfg(feature = "media")]
+    let media = media(&mut found);
+    #[cfg(not(feature = "media"))]
+    found.remarks.push("this build has no cameras and files (feature media)".to_string());
+
+    let folder = found.keep(folders::model(arguments.model.clone()));
+    let model = folder.as_deref().and_then(|folder| check(folder, &mut found));
+    let verifier = match &folder {
+        Some(folder) => found.keep(verifier_of(folder, arguments.verifier.clone())),
+        None => None,
+    };
+    let checked = verifier.as_deref().and_then(|folder| check(folder, &mut found));
+    let open_ms = match (&folder, &verifier) {
+        (Some(folder), Some(verifier)) => found.keep(open(folder, verifier, &device)),
+        _ => None,
+    };
+    let report = KernelReport::new();
+    let allowed = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Report {
+        version: env!("CARGO_PKG_VERSION"),
+        processor: Processor {
+            name: machine::processor(),
+            board: machine::board(),
+            architecture: std::env::consts::ARCH,
+            features: report.features,
+        },
+        kernels,
+        threads: Threads { used: device.pool().threads(), allowed, quota: machine::cpu_quota() },
+        memory,
+        #[cfg(feature = "media")]
+        media,
+        gpu: None,
+        model,
+        verifier: checked,
+        open_ms,
+        ready: found.problems.is_empty(),
+        problems: found.problems,
+        remarks: found.remarks,
+    }
+}
+
+fn kernels(found: &mut Findings) -> Kernels {
+    let report = KernelReport::new();
+    let (forced, levels) = (report.forced(), CpuDevice::levels());
+    match &report.asked {
+        Some(asked) if !forced => {
+            found.remarks.push(format!("CANDOR_CPU={asked} is ignored: this processor has {}", levels.join(", ")));
+        }
+        _ => {}
+    }
+    if report.level == "portable" && !forced {
+        found
+            .remarks
+            .push("this processor has no vectors that Candor knows: the slow portable kernels are used".into());
+    }
+    Kernels {
+        level: report.level,
+        levels,
+        forced,
+        candor_cpu: report.asked,
+        f32: report.float,
+        int8: report.bytes,
+        int4: report.bytes,
+    }
+}
+
+fn memory(device: &CpuDevice) -> Memory {
+    let mb = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / 1e6);
+    let (available, limit) = (machine::memory("MemAvailable"), machine::memory_limit());
+    let room = available.into_iter().chain(limit).min().map_or(ROOF_BYTES, |bytes| bytes / 4);
+    Memory {
+        total_mb: mb(machine::memory("MemTotal")),
+        available_mb: mb(available),
+        limit_mb: mb(limit),
+        read_gb_s: measure_read_bandwidth(device.pool(), ROOF_BYTES.min(room) as usize),
+    }
+}
+
+#[cfg(feature = "media")]
+fn media(found: &mut Findings) -> Option<Installed> {
+    let installed = found.keep(Installed::find().map_err(anyhow::Error::from))?;
+    for element in installed.elements.iter().filter(|element| element.needed && !element.found) {
+        found.problems.push(format!(
+            "GStreamer has no {}, which {} needs; install gstreamer1.0-plugins-base",
+            element.name, element.purpose
+        ));
+    }
+    Some(installed)
+}
+
+/// The verifier that `candor watch` would take.
+fn verifier_of(model: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
+    match (&named, Manifest::open(model)?.verifier_folder()) {
+        (None, Some(folder)) => Ok(folder),
+        _ => folders::verifier(named),
+    }
+}
+
+/// What a folder says of itself, and whether its files are those that it lists.
+fn check(folder: &Path, found: &mut Findings) -> Option<Folder> {
+    let manifest = found.keep(Manifest::open(folder).map_err(anyhow::Error::from))?;
+    let as_listed = match manifest.check_files() {
+        Ok(()) => Some(true),
+        Err(error @ ManifestError::Unsealed { .. }) => {
+            found.remarks.push(one_line(&error));
+            None
+        }
+        Err(error) => {
+            found.problems.push(one_line(&error));
+            Some(false)
+        }
+    };
+    Some(Folder {
+        folder: folder.to_path_buf(),
+        name: manifest.model.name.clone(),
+        version: manifest.model.version.clone(),
+        as_listed,
+        sha256: manifest.identity().ok().filter(|_| as_listed != Some(false)),
+    })
+}
+
+/// Opens everything that a window is processed with, and says how long it took.
+fn open(model: &Path, verifier: &Path, device: &CpuDevice) -> Result<f64> {
+    let sampling = Sampling { temperature: 0.0, top_p: 0.9, seed: 0 };
+    let settings = WatchSettings { policy: Policy::Annotate, sampling, fit: None };
+    let start = Instant::now();
+    Watcher::open(model, Some(verifier), device.clone(), settings)?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+fn text(report: &Report) -> String {
+    let mut lines = Vec::new();
+    let mut line = |name: &str, value: String| lines.push(format!("{name:<10} {value}"));
+    line("candor", report.version.to_string());
+    let processor = &report.processor;
+    let name = processor.name.as_deref().unwrap_or("unknown");
+    line("processor", format!("{name}, {}: {}", processor.architecture, processor.features.join(" ")));
+    if let Some(board) = &processor.board {
+        line("board", board.clone());
+    }
+    let kernels = &report.kernels;
+    let why = match (&kernels.candor_cpu, kernels.forced) {
+        (Some(_), true) => "forced by CANDOR_CPU".to_string(),
+        (Some(asked), false) => format!("the best; CANDOR_CPU={asked} is ignored"),
+        (None, _) => "the best".to_string(),
+    };
+    line("kernels", format!("{} ({why}) of {}", kernels.level, kernels.levels.join(", ")));
+    line("", format!("f32 {}; int8 {}; int4 {}", kernels.f32, kernels.int8, kernels.int4));
+    let threads = &report.threads;
+    let quota =
+        threads.quota.map_or(String::new(), |quota| format!("; the control group may take {quota} cores' time"));
+    line("threads", format!("{} of {} cores allowed{quota}", threads.used, threads.allowed));
+    let memory = &report.memory;
+    let mb = |mb: Option<f64>| mb.map_or("unknown".to_string(), |mb| format!("{mb:.0} MB"));
+    let limit = memory.limit_mb.map_or(String::new(), |limit| format!(", limit {limit:.0} MB"));
+    let (available, total) = (mb(memory.available_mb), mb(memory.total_mb));
+    line("memory", format!("{available} available of {total}{limit}; read at {:.1} GB/s", memory.read_gb_s));
+    #[cfg(feature = "media")]
+    if let Some(media) = &report.media {
+        let with = |found| {
+            let names: Vec<&str> = media.elements.iter().filter(|e| e.found == found).map(|e| e.name).collect();
+            if names.is_empty() { "none".to_string() } else { names.join(" ") }
+        };
+        line("media", format!("{}: {}; without: {}", media.version, with(true), with(false)));
+    }
+    line("GPU", "none looked for: this build computes on the processor".to_string());
+    for (kind, folder) in [("model", &report.model), ("verifier", &report.verifier)] {
+        let Some(Folder { folder, name, version, as_listed, sha256 }) = folder else { continue };
+        let state = match as_listed {
+            Some(true) => format!("files are as listed, sha256 {}", sha256.as_deref().unwrap_or("unknown")),
+            Some(false) => "files are not as listed".to_string(),
+            None => "files are not listed".to_string(),
+        };
+        line(kind, format!("{name} {version} in {}: {state}", folder.display()));
+    }
+    if let Some(ms) = report.open_ms {
+        line("opened", format!("in {ms:.0} ms"));
+    }
+    for remark in &report.remarks {
+        line("remark", remark.clone());
+    }
+    for problem in &report.problems {
+        line("PROBLEM", problem.clone());
+    }
+    if report.ready {
+        line("ready", "windows can be processed".to_string());
+    }
+    lines.join("\n")
+}
