@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use candor::manifest::Manifest;
+use candor::text::HeadRows;
 use candor::watch::Policy;
 use candor_kernels::cpu::CpuDevice;
 use candor_kernels::{Device, HostTensor};
@@ -165,6 +166,7 @@ pub(super) fn flips(
             features: None,
             skip_bad: false,
             policy: Policy::Annotate,
+            head_rows: HeadRows::All,
             seed: 0,
             temperature: 0.0,
             top_p: 0.9,

@@ -8,8 +8,7 @@ use candor::manifest::{Manifest, ManifestError};
 #[cfg(feature = "media")]
 use candor::media::Installed;
 use candor::message::{one_line, say};
-use candor::text::Sampling;
-use candor::watch::{Policy, WatchSettings, Watcher};
+use candor::watch::{WatchSettings, Watcher};
 use candor_kernels::cpu::{CpuDevice, KernelReport, measure_read_bandwidth};
 use serde::Serialize;
 
@@ -263,10 +262,8 @@ fn check(folder: &Path, found: &mut Findings) -> Option<Folder> {
 
 /// Opens everything that a window is processed with, and says how long it took.
 fn open(model: &Path, verifier: &Path, device: &CpuDevice) -> Result<f64> {
-    let sampling = Sampling { temperature: 0.0, top_p: 0.9, seed: 0 };
-    let settings = WatchSettings { policy: Policy::Annotate, sampling, fit: None };
     let start = Instant::now();
-    Watcher::open(model, Some(verifier), device.clone(), settings)?;
+    Watcher::open(model, Some(verifier), device.clone(), WatchSettings::default())?;
     Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
