@@ -88,11 +88,13 @@ pub(crate) fn activate<S: Simd>(simd: S, activation: Activation, x: S::Vector) -
             simd.mul_add(half, erf(simd, simd.mul(x, simd.splat(std::f32::consts::FRAC_1_SQRT_2))), half)
         }
         Activation::GeluTanh => {
-            const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-            let half = simd.mul(x, simd.splat(0.5));
-            let cube = simd.mul(simd.mul(x, x), x);
-            let inner = simd.mul(simd.mul_add(cube, simd.splat(0.044_715), x), simd.splat(SQRT_2_OVER_PI));
-            simd.mul_add(half, tanh(simd, inner), half)
+            // x/2 · (1 + tanh u) = x / (1 + e^(-2u)), which loses no digits where x is negative; these are
+            // -2 · sqrt(2/π) and 0.044715 times it.
+            const LINEAR: f32 = -1.595_769;
+            const CUBIC: f32 = -0.071_354_82;
+            let square = simd.mul(x, x);
+            let inner = simd.mul(simd.mul_add(square, simd.splat(CUBIC), simd.splat(LINEAR)), x);
+            simd.div(x, simd.add(simd.splat(1.0), exp(simd, inner)))
         }
         Activation::Silu => simd.div(x, simd.add(simd.splat(1.0), exp(simd, simd.sub(simd.splat(0.0), x)))),
         Activation::Sigmoid => sigmoid(simd, x),

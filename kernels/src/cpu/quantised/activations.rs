@@ -34,8 +34,8 @@ pub(super) struct Quantised {
     pub(super) codes: Vec<i8>,
     /// `[rows, blocks]`
     pub(super) scales: Vec<f32>,
-    /// Sums of the codes of each part, `[rows, blocks, PARTS]`.
-    pub(super) sums: Vec<i32>,
+    /// Sums of the codes of each part, `[rows, blocks, PARTS]`, of each half of a block and of each block.
+    sums: [Vec<i32>; 3],
 }
 
 thread_local! {
@@ -66,22 +66,33 @@ impl Quantised {
         (self.rows, self.blocks) = (rows, blocks);
         grow(&mut self.codes, rows * blocks * BLOCK);
         grow(&mut self.scales, rows * blocks);
-        grow(&mut self.sums, rows * blocks * PARTS);
+        let [parts, halves, wholes] = &mut self.sums;
+        grow(parts, rows * blocks * PARTS);
+        grow(halves, rows * blocks * 2);
+        grow(wholes, rows * blocks);
         let codes = SharedSlice::new(&mut self.codes);
         let scales = SharedSlice::new(&mut self.scales);
-        let sums = SharedSlice::new(&mut self.sums);
+        let [parts, halves, wholes] = [parts, halves, wholes].map(|sums| SharedSlice::new(sums));
         let share = (GRAIN / depth.max(1)).max(1);
         pool.run(rows.div_ceil(share), |task| {
             for row in task * share..rows.min((task + 1) * share) {
                 // SAFETY: each task has rows of its own.
-                let (codes, scales, sums) = unsafe {
+                let (codes, scales, parts, halves, wholes) = unsafe {
                     (
                         codes.range(row * blocks * BLOCK, blocks * BLOCK),
                         scales.range(row * blocks, blocks),
-                        sums.range(row * blocks * PARTS, blocks * PARTS),
+                        parts.range(row * blocks * PARTS, blocks * PARTS),
+                        halves.range(row * blocks * 2, blocks * 2),
+                        wholes.range(row * blocks, blocks),
                     )
                 };
-                level.run(QuantiseRow { x: &x[row * depth..][..depth], order, codes, scales, sums });
+                level.run(QuantiseRow { x: &x[row * depth..][..depth], order, codes, scales, parts });
+                for (half, parts) in halves.iter_mut().zip(parts.as_chunks::<{ PARTS / 2 }>().0) {
+                    *half = parts.iter().sum();
+                }
+                for (whole, halves) in wholes.iter_mut().zip(halves.as_chunks::<2>().0) {
+                    *whole = halves.iter().sum();
+                }
             }
         });
     }
@@ -98,10 +109,20 @@ impl Quantised {
         &self.scales[row * self.blocks..][..self.blocks]
     }
 
-    /// The sums of a row.
+    /// The sums of every part of every row.
+    pub(super) fn sums_of_parts(&self) -> &[i32] {
+        &self.sums[0][..self.rows * self.blocks * PARTS]
+    }
+
+    /// The sums of a row over each `depth` bytes: a part, half a block or a block.
     #[inline(always)]
-    pub(super) fn sums_of(&self, row: usize) -> &[i32] {
-        &self.sums[row * self.blocks * PARTS..][..self.blocks * PARTS]
+    pub(super) fn sums_of(&self, row: usize, depth: usize) -> &[i32] {
+        let (sums, count) = match BLOCK / depth {
+            1 => (&self.sums[2], self.blocks),
+            2 => (&self.sums[1], self.blocks * 2),
+            _ => (&self.sums[0], self.blocks * PARTS),
+        };
+        &sums[row * count..][..count]
     }
 }
 
@@ -117,38 +138,35 @@ struct QuantiseRow<'a> {
     order: Order,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    parts: &'a mut [i32],
 }
 
 impl Operation for QuantiseRow<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(self, _: S) {
         let (x, last) = self.x.as_chunks::<BLOCK>();
         let mut padded = [0.0; BLOCK];
         padded[..last.len()].copy_from_slice(last);
         let padded = (!last.is_empty()).then_some(&padded);
         let codes = self.codes.as_chunks_mut::<BLOCK>().0;
-        let sums = self.sums.as_chunks_mut::<PARTS>().0;
-        for (((x, codes), scale), sums) in x.iter().chain(padded).zip(codes).zip(self.scales).zip(sums) {
-            *scale = block(simd, x, self.order, codes, sums);
+        let parts = self.parts.as_chunks_mut::<PARTS>().0;
+        for (((x, codes), scale), parts) in x.iter().chain(padded).zip(codes).zip(self.scales).zip(parts) {
+            *scale = block(x, self.order, codes, parts);
         }
     }
 }
 
 /// Quantises a block; the result is its scale.
 #[inline(always)]
-fn block<S: Simd>(simd: S, x: &[f32; BLOCK], order: Order, codes: &mut [i8; BLOCK], sums: &mut [i32; PARTS]) -> f32 {
-    let mut largest = simd.splat(0.0);
-    let mut broken = simd.splat(0.0);
-    for x in x.chunks_exact(S::LANES) {
-        let x = simd.load(x);
-        largest = simd.max(largest, simd.abs(x));
-        // Nothing times zero is zero, unless it is infinite or no number.
-        broken = simd.mul_add(x, simd.splat(0.0), broken);
+fn block(x: &[f32; BLOCK], order: Order, codes: &mut [i8; BLOCK], sums: &mut [i32; PARTS]) -> f32 {
+    // Bits, as those of magnitudes are in the order of the numbers, and loops over integers become vectors.
+    let mut largest = 0;
+    for x in x {
+        largest = largest.max(x.to_bits() & 0x7fff_ffff);
     }
-    let largest = simd.largest(largest);
-    if simd.sum(broken) != 0.0 || !largest.is_finite() {
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
         // Whatever is computed with it is no number either.
         codes.fill(0);
         sums.fill(0);

@@ -63,10 +63,10 @@ impl IntegerOperation for Starts<'_> {
             Bits::Four => (OFFSET4, BLOCK / 8 / PARTS),
             Bits::Eight => (I::OFFSET8, BLOCK / 4 / PARTS),
         };
-        let count = self.x.rows * self.x.blocks * PARTS;
+        let sums = self.x.sums_of_parts();
         self.starts.clear();
-        self.starts.resize(count * lanes, 0);
-        for (start, sum) in self.starts.chunks_exact_mut(lanes).zip(&self.x.sums[..count]) {
+        self.starts.resize(sums.len() * lanes, 0);
+        for (start, sum) in self.starts.chunks_exact_mut(lanes).zip(sums) {
             start[0] = -offset * sum;
         }
     }

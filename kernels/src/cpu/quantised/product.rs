@@ -2,11 +2,13 @@
 //! innermost loop reads them, and goes over its rows with them.
 #![allow(clippy::needless_range_loop)] // several register tiles run by one index
 
-use super::activations::{PARTS, Quantised};
+use super::activations::Quantised;
 use super::{BLOCK, Bits, Layer, layer_of};
+use crate::cpu::math;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
 use crate::cpu::simd::{Level, Simd};
+use crate::device::Activation;
 use std::cell::Cell;
 
 /// Fewer rows than this are not split among tasks, as each of them packs its panels anew.
@@ -39,8 +41,7 @@ pub(super) fn product(level: Level, pool: &ThreadPool, x: &Quantised, layers: &[
         let first_row = task % row_tasks * rows_a_task;
         let rows = first_row..x.rows.min(first_row + rows_a_task);
         let count = columns.min(layer.codes.outputs - first);
-        level.run_integer(Task { level, x, layer, rows: rows.clone(), first, count });
-        layer.finish(level, rows, first, count);
+        level.run_integer(Task { level, x, layer, rows, first, count });
     });
 }
 
@@ -95,13 +96,17 @@ impl Task<'_> {
         let (of_columns, one) = scales.split_at_mut(blocks * a_block * columns);
         self.pack_scales(columns, of_columns, one);
         let of_columns = &*of_columns;
+        let ending = Ending::new(self.layer, self.first, self.count);
+        // The depth of a step, all of which has one scale, and whether a weight has scales for its steps.
         match (self.layer.codes.bits, a_block) {
-            (Bits::Four, 0 | 1) => self.rows::<I, R, V, 4, BLOCK>(set, &panel, of_columns),
-            (Bits::Four, 2) => self.rows::<I, R, V, 4, { BLOCK / 2 }>(set, &panel, of_columns),
-            (Bits::Four, _) => self.rows::<I, R, V, 4, { BLOCK / 4 }>(set, &panel, of_columns),
-            (Bits::Eight, 0 | 1) => self.rows::<I, R, V, 8, BLOCK>(set, &panel, of_columns),
-            (Bits::Eight, 2) => self.rows::<I, R, V, 8, { BLOCK / 2 }>(set, &panel, of_columns),
-            (Bits::Eight, _) => self.rows::<I, R, V, 8, { BLOCK / 4 }>(set, &panel, of_columns),
+            (Bits::Four, 0) => self.rows::<I, R, V, 4, BLOCK, false>(set, &panel, of_columns, &ending),
+            (Bits::Four, 1) => self.rows::<I, R, V, 4, BLOCK, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, 2) => self.rows::<I, R, V, 4, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, _) => self.rows::<I, R, V, 4, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 0) => self.rows::<I, R, V, 8, BLOCK, false>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 1) => self.rows::<I, R, V, 8, BLOCK, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 2) => self.rows::<I, R, V, 8, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, _) => self.rows::<I, R, V, 8, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
         }
         SCALES.set(scales);
         PANEL.set(panel);
@@ -137,61 +142,99 @@ impl Task<'_> {
 
     /// All rows; the sums over each `D` bytes of depth are scaled each on its own.
     #[inline(always)]
-    fn rows<I: Integer, const R: usize, const V: usize, const BITS: usize, const D: usize>(
+    fn rows<I: Integer, const R: usize, const V: usize, const BITS: usize, const D: usize, const GROUPS: bool>(
         &self,
         set: I,
         panel: &[u8],
         scales: &[f32],
+        ending: &Ending,
     ) {
         let simd = set.float();
         let columns = V * lanes::<I>();
         let offset = if BITS == 4 { OFFSET4 } else { I::OFFSET8 };
         let a_block = BLOCK / D;
-        let parts = PARTS / a_block;
+        let steps = self.x.blocks * a_block;
         let mut tile = [[0.0f32; MAX_COLUMNS]; R];
         for first in self.rows.clone().step_by(R) {
             let height = R.min(self.rows.end - first);
-            // The last row again in the place of rows that are missing.
-            let row = |r: usize| first + r.min(height - 1);
-            let codes: [&[i8]; R] = std::array::from_fn(|r| self.x.codes_of(row(r)));
-            let factors: [&[f32]; R] = std::array::from_fn(|r| self.x.scales_of(row(r)));
-            let sums: [&[i32]; R] = std::array::from_fn(|r| self.x.sums_of(row(r)));
-            for tile in &mut tile {
-                tile.fill(0.0);
+            let mut codes: [&[[i8; D]]; R] = [&[]; R];
+            let mut factors: [&[f32]; R] = [&[]; R];
+            let mut starts: [&[i32]; R] = [&[]; R];
+            for r in 0..R {
+                // The last row again in the place of rows that are missing.
+                let row = first + r.min(height - 1);
+                codes[r] = &self.x.codes_of(row).as_chunks().0[..steps];
+                factors[r] = &self.x.scales_of(row)[..self.x.blocks];
+                starts[r] = &self.x.sums_of(row, D)[..steps];
             }
-            for (s, panel) in panel.chunks_exact(D * columns).take(self.x.blocks * a_block).enumerate() {
-                let mut starts = [0; R];
-                if offset != 0 {
-                    for r in 0..R {
-                        starts[r] = -offset * sums[r][s * parts..][..parts].iter().sum::<i32>();
+            let mut sums = [[simd.splat(0.0); V]; R];
+            for (s, panel) in panel.chunks_exact(D * columns).take(steps).enumerate() {
+                let (mut x, mut start) = ([&[0; D]; R], [0; R]);
+                for r in 0..R {
+                    x[r] = &codes[r][s];
+                    start[r] = -offset * starts[r][s];
+                }
+                let products = set.tile::<BITS, D, R, V>(start, panel, x);
+                let mut scale = [simd.splat(1.0); V];
+                if GROUPS {
+                    let scales = &scales[s * columns..][..columns];
+                    for v in 0..V {
+                        scale[v] = simd.load(&scales[v * lanes::<I>()..]);
                     }
                 }
-                let x: [&[i8; D]; R] = std::array::from_fn(|r| &codes[r].as_chunks().0[s]);
-                let products = set.tile::<BITS, D, R, V>(starts, panel, x);
                 for r in 0..R {
                     let factor = simd.splat(factors[r][s / a_block]);
                     for v in 0..V {
-                        let scale = match scales.is_empty() {
-                            true => factor,
-                            false => simd.mul(simd.load(&scales[s * columns + v * lanes::<I>()..]), factor),
-                        };
-                        let to = &mut tile[r][v * lanes::<I>()..];
-                        simd.store(simd.mul_add(set.to_float(products[r][v]), scale, simd.load(to)), to);
+                        let factor = if GROUPS { simd.mul(scale[v], factor) } else { factor };
+                        sums[r][v] = simd.mul_add(set.to_float(products[r][v]), factor, sums[r][v]);
                     }
                 }
             }
-            for (r, tile) in tile.iter().enumerate().take(height) {
+            for r in 0..R {
+                for v in 0..V {
+                    simd.store(sums[r][v], &mut tile[r][v * lanes::<I>()..]);
+                }
+            }
+            for (r, row) in tile.iter_mut().enumerate().take(height) {
+                ending.apply(simd, &mut row[..columns]);
                 // SAFETY: each task has outputs of its own.
                 let out =
                     unsafe { self.layer.out.range((first + r) * self.layer.codes.outputs + self.first, self.count) };
-                match self.layer.codes.scales.of_rows() {
-                    Some(scales) => {
-                        let scales = &scales[self.first..];
-                        out.iter_mut().zip(tile).zip(scales).for_each(|((out, sum), scale)| *out = sum * scale);
-                    }
-                    None => out.copy_from_slice(&tile[..self.count]),
-                }
+                out.copy_from_slice(&row[..self.count]);
             }
+        }
+    }
+}
+
+/// What is done to the sums of a panel's outputs: `activation(sum · scale + bias)`.
+struct Ending {
+    scales: Option<[f32; MAX_COLUMNS]>,
+    bias: [f32; MAX_COLUMNS],
+    activation: Activation,
+}
+
+impl Ending {
+    fn new(layer: &Layer<'_>, first: usize, count: usize) -> Self {
+        let padded = |values: &[f32]| {
+            let mut padded = [0.0; MAX_COLUMNS];
+            padded[..count].copy_from_slice(&values[first..first + count]);
+            padded
+        };
+        Ending {
+            scales: layer.codes.scales.of_rows().map(padded),
+            bias: layer.bias.map_or([0.0; MAX_COLUMNS], padded),
+            activation: layer.activation,
+        }
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, simd: S, row: &mut [f32]) {
+        let ones = [1.0; MAX_COLUMNS];
+        let scales = self.scales.as_ref().unwrap_or(&ones);
+        let parameters = scales.chunks_exact(S::LANES).zip(self.bias.chunks_exact(S::LANES));
+        for (piece, (scale, bias)) in row.chunks_exact_mut(S::LANES).zip(parameters) {
+            let sum = simd.mul_add(simd.load(piece), simd.load(scale), simd.load(bias));
+            simd.store(math::activate(simd, self.activation, sum), piece);
         }
     }
 }
