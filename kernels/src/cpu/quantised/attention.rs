@@ -100,7 +100,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) shape: AttentionShape,
 }
 
-/// Attention over buffers of just the sizes of the shape, none of them empty; the keys become bytes here.
+/// Attention over buffers of just the sizes of the shape, none of them empty; the keys become bytes here, and the values of a
+/// head are brought together.
 pub(crate) fn attention(level: Level, pool: &ThreadPool, inputs: Inputs<'_>, out: &mut [f32]) {
     let Inputs { q, k, v, shape } = inputs;
     let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
@@ -115,9 +116,13 @@ pub(crate) fn attention(level: Level, pool: &ThreadPool, inputs: Inputs<'_>, out
         let (sequence, head, first) = (task / tasks / key_heads, task / tasks % key_heads, task % tasks * rows_a_task);
         let from = sequence * keys * width + head * head_dim;
         let q_from = sequence * queries * heads * head_dim + head * group * head_dim;
-        let (mut panels, mut scales) = (PANELS.take(), KEY_SCALES.take());
+        let (mut panels, mut scales, mut values) = (PANELS.take(), KEY_SCALES.take(), VALUES.take());
         panels.resize(panel_bytes(keys, head_dim), 0);
         scales.resize(keys.next_multiple_of(KEYS), 0.0);
+        values.clear();
+        for value in v[from..].chunks(width).take(keys) {
+            values.extend_from_slice(&value[..head_dim]);
+        }
         level.run(CentredKeys {
             keys: &k[from..],
             stride: width,
@@ -133,12 +138,13 @@ pub(crate) fn attention(level: Level, pool: &ThreadPool, inputs: Inputs<'_>, out
             q: &q[q_from..],
             panels: &panels,
             key_scales: &scales,
-            values: HeadValues { elements: &v[from..], stride: width, scales: None },
+            values: HeadValues { elements: &values, stride: head_dim, scales: None },
             out: &shared,
             out_start: q_from,
         });
         PANELS.set(panels);
         KEY_SCALES.set(scales);
+        VALUES.set(values);
     });
 }
 
@@ -172,6 +178,8 @@ thread_local! {
     /// Keys of a head as bytes, and their scales.
     static PANELS: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
     static KEY_SCALES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Values of a head, one behind the other.
+    static VALUES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Scores of a few rows.
     static SCORES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Bytes of a few queries.
@@ -372,14 +380,18 @@ impl<T: Stored> HeadRows<'_, T> {
     ) {
         let simd = set.float();
         let mut sums = [[simd.splat(0.0); V]; R];
-        for key in 0..keys {
-            let value = &self.values.elements[key * self.values.stride + at..];
+        let mut of_rows: [&[f32]; R] = [&[]; R];
+        for r in 0..R {
+            of_rows[r] = &weights[r * room..][..keys];
+        }
+        for (key, value) in self.values.elements[at..].chunks(self.values.stride).take(keys).enumerate() {
+            let value = &value[..V * lanes::<I>()];
             let mut columns = [simd.splat(0.0); V];
             for v in 0..V {
                 columns[v] = T::load(simd, &value[v * lanes::<I>()..]);
             }
             for r in 0..R {
-                let weight = simd.splat(weights[r * room + key]);
+                let weight = simd.splat(of_rows[r][key]);
                 for v in 0..V {
                     sums[r][v] = simd.mul_add(weight, columns[v], sums[r][v]);
                 }
