@@ -18,11 +18,8 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(60);
 /// Looks between two looks at the clock.
 const LOOKS: usize = 32;
-/// A wait for the end of a job, beyond what the caller's own part took, that tells of a worker without a core. The system's
-/// time slices are milliseconds.
-const LONG_WAIT: Duration = Duration::from_micros(300);
-/// Long waits that are no further apart than this are not by chance.
-const TOGETHER: Duration = Duration::from_millis(40);
+/// Time of jobs after which it is judged whether all threads were of use: some of the system's time slices.
+const JUDGED: Duration = Duration::from_millis(20);
 /// How long a job is then done by one thread fewer; four times as long each time that trying again shows nothing better.
 const PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -56,29 +53,29 @@ struct Shared {
 }
 
 /// How many threads take part. A worker whose core somebody else took holds up every job by a time slice, so that two
-/// threads get less done than one: then one fewer takes part, for a while.
+/// threads may get less done than one: then one fewer takes part, for a while.
 struct Crowd {
     began: Instant,
     threads: usize,
     active: AtomicUsize,
+    /// Since the last judgement, nanoseconds that callers worked in jobs, and that they lost by waiting for others.
+    worked: AtomicU64,
+    lost: AtomicU64,
     /// When to try with one more, in nanoseconds from `began`.
     again: AtomicU64,
     /// How long the last pause was meant to be, in nanoseconds.
     pause: AtomicU64,
-    /// The last long wait.
-    last: AtomicU64,
 }
 
 impl Crowd {
     fn new(threads: usize) -> Self {
-        let began = Instant::now();
-        let nanoseconds = |time: Duration| AtomicU64::new(time.as_nanos() as u64);
-        let (again, last) = (nanoseconds(Duration::ZERO), nanoseconds(Duration::ZERO));
-        Crowd { began, threads, active: AtomicUsize::new(threads), again, pause: nanoseconds(PAUSE), last }
+        let zero = || AtomicU64::new(0);
+        let (began, active, pause) = (Instant::now(), AtomicUsize::new(threads), AtomicU64::new(nanoseconds(PAUSE)));
+        Crowd { began, threads, active, worked: zero(), lost: zero(), again: zero(), pause }
     }
 
     fn now(&self) -> u64 {
-        self.began.elapsed().as_nanos() as u64
+        nanoseconds(self.began.elapsed())
     }
 
     /// Threads that take part in the next job.
@@ -92,24 +89,33 @@ impl Crowd {
         active + 1
     }
 
-    /// A job's caller was done after `own`, and all of it `waited` later.
-    fn report(&self, own: Duration, waited: Duration) {
-        if waited < LONG_WAIT + 2 * own {
+    /// A job of `active` threads kept its caller at work for `worked`, and then waiting for `waited`.
+    fn report(&self, active: usize, worked: Duration, waited: Duration) {
+        let add = |sum: &AtomicU64, time: u64| sum.fetch_add(time, Ordering::Relaxed) + time;
+        // One thread fewer would work n / (n - 1) times as long, and wait for nobody.
+        let lost = add(&self.lost, nanoseconds(waited).saturating_mul(active as u64 - 1));
+        let worked = add(&self.worked, nanoseconds(worked));
+        if worked + lost < nanoseconds(JUDGED) {
+            return;
+        }
+        self.worked.store(0, Ordering::Relaxed);
+        self.lost.store(0, Ordering::Relaxed);
+        if lost <= worked {
             return;
         }
         let now = self.now();
-        // One long wait is chance; where a core is taken they come every few time slices.
-        if now.saturating_sub(self.last.swap(now, Ordering::Relaxed)) > TOGETHER.as_nanos() as u64 {
-            return;
-        }
-        let calm = now.saturating_sub(self.again.load(Ordering::Relaxed)) > LONGEST_PAUSE.as_nanos() as u64;
-        let pause = if calm { PAUSE.as_nanos() as u64 } else { 4 * self.pause.load(Ordering::Relaxed) };
-        let pause = pause.min(LONGEST_PAUSE.as_nanos() as u64);
+        let calm = now.saturating_sub(self.again.load(Ordering::Relaxed)) > nanoseconds(LONGEST_PAUSE);
+        let pause = if calm { nanoseconds(PAUSE) } else { 4 * self.pause.load(Ordering::Relaxed) };
+        let pause = pause.min(nanoseconds(LONGEST_PAUSE));
         self.pause.store(pause, Ordering::Relaxed);
         self.again.store(now + pause, Ordering::Relaxed);
         let active = self.active.load(Ordering::Relaxed);
         self.active.store(active.saturating_sub(1).max(1), Ordering::Relaxed);
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    time.as_nanos() as u64
 }
 
 type Task = *const (dyn Fn(usize) + Sync + 'static);
@@ -348,9 +354,9 @@ impl ThreadPool {
         let begun = Instant::now();
         shared.post();
         place.work(job, 0);
-        let own = begun.elapsed();
+        let worked = begun.elapsed();
         place.wait(tasks);
-        shared.crowd.report(own, begun.elapsed() - own);
+        shared.crowd.report(active, worked, begun.elapsed() - worked);
         let payload = lock(&place.panic).take();
         place.taken.store(false, Ordering::Release);
         if let Some(payload) = payload {
@@ -470,6 +476,36 @@ mod tests {
             }
         });
         assert_eq!(total.into_inner(), 4 * 20 * 10);
+    }
+
+    #[test]
+    fn threads_that_are_waited_for_take_no_part() {
+        let milliseconds = Duration::from_millis;
+        let crowd = Crowd::new(2);
+        // A core that is gone for a time slice now and then is still worth having.
+        for _ in 0..50 {
+            crowd.report(2, milliseconds(4), milliseconds(3));
+            assert_eq!(crowd.active(), 2);
+        }
+        for _ in 0..5 {
+            crowd.report(2, milliseconds(1), milliseconds(3));
+        }
+        assert_eq!(crowd.active(), 1);
+        // It is tried again; a pause is longer each time.
+        let pause = crowd.pause.load(Ordering::Relaxed);
+        crowd.again.store(0, Ordering::Relaxed);
+        assert_eq!(crowd.active(), 2);
+        for _ in 0..5 {
+            crowd.report(2, milliseconds(1), milliseconds(3));
+        }
+        assert_eq!(crowd.active(), 1);
+        assert!(crowd.pause.load(Ordering::Relaxed) > pause);
+        // Of many threads one goes at a time, also where a job has but few tasks.
+        let crowd = Crowd::new(8);
+        for _ in 0..12 {
+            crowd.report(2, milliseconds(1), milliseconds(3));
+        }
+        assert_eq!(crowd.active(), 6);
     }
 
     #[test]
