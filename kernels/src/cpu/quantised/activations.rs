@@ -1,4 +1,5 @@
 //! Activations as bytes.
+#![allow(clippy::needless_range_loop)] // several arrays run by one index
 
 use super::BLOCK;
 use crate::cpu::pool::{SharedSlice, ThreadPool};
@@ -144,7 +145,7 @@ struct QuantiseRow<'a> {
 impl Operation for QuantiseRow<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, simd: S) {
         let (x, last) = self.x.as_chunks::<BLOCK>();
         let mut padded = [0.0; BLOCK];
         padded[..last.len()].copy_from_slice(last);
@@ -152,14 +153,14 @@ impl Operation for QuantiseRow<'_> {
         let codes = self.codes.as_chunks_mut::<BLOCK>().0;
         let parts = self.parts.as_chunks_mut::<PARTS>().0;
         for (((x, codes), scale), parts) in x.iter().chain(padded).zip(codes).zip(self.scales).zip(parts) {
-            *scale = block(x, self.order, codes, parts);
+            *scale = block(simd, x, self.order, codes, parts);
         }
     }
 }
 
 /// Quantises a block; the result is its scale.
 #[inline(always)]
-fn block(x: &[f32; BLOCK], order: Order, codes: &mut [i8; BLOCK], sums: &mut [i32; PARTS]) -> f32 {
+fn block<S: Simd>(simd: S, x: &[f32; BLOCK], order: Order, codes: &mut [i8; BLOCK], sums: &mut [i32; PARTS]) -> f32 {
     // Bits, as those of magnitudes are in the order of the numbers, and loops over integers become vectors.
     let mut largest = 0;
     for x in x {
@@ -174,14 +175,24 @@ fn block(x: &[f32; BLOCK], order: Order, codes: &mut [i8; BLOCK], sums: &mut [i3
     }
     // A block this small is zero: its scale would have no inverse.
     let factor = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
-    // 1.5 · 2²³: behind it a single has no room for a fraction, and its lowest byte is the integer's.
+    // 1.5 · 2²³: behind it a single has no room for a fraction, and and its lowest byte is the integer's.
     const SHIFT: f32 = 12_582_912.0;
+    let (factor, shift) = (simd.splat(factor), simd.splat(SHIFT));
+    let mut shifted = [0.0f32; BLOCK];
+    let mut parts = [simd.splat(0.0); PARTS];
+    for p in 0..PARTS {
+        for at in (p * PART..(p + 1) * PART).step_by(S::LANES) {
+            let value = simd.add(simd.mul(simd.load(&x[at..]), factor), shift);
+            simd.store(value, &mut shifted[at..]);
+            parts[p] = simd.add(parts[p], simd.sub(value, shift));
+        }
+    }
+    for (sum, part) in sums.iter_mut().zip(simd.sums(parts)) {
+        *sum = part as i32;
+    }
     let mut natural = [0i8; BLOCK];
     for i in 0..BLOCK {
-        natural[i] = (x[i] * factor + SHIFT).to_bits() as i8;
-    }
-    for (sum, part) in sums.iter_mut().zip(natural.as_chunks::<PART>().0) {
-        *sum = part.iter().map(|&code| i32::from(code)).sum();
+        natural[i] = shifted[i].to_bits() as i8;
     }
     match order {
         Order::Natural => *codes = natural,

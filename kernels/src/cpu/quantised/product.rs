@@ -52,7 +52,7 @@ impl IntegerOperation for PanelColumns {
     type Output = usize;
     #[inline(always)]
     fn run<I: Integer>(self, _: I) -> usize {
-        if lanes::<I>() == 16 { 3 * 16 } else { 2 * lanes::<I>() }
+        2 * lanes::<I>()
     }
 }
 
@@ -72,7 +72,7 @@ impl IntegerOperation for Task<'_> {
     fn run<I: Integer>(self, set: I) {
         // As many sums as there are registers for.
         if lanes::<I>() == 16 {
-            self.tiles::<I, 8, 3>(set);
+            self.tiles::<I, 7, 2>(set);
         } else {
             self.tiles::<I, 4, 2>(set);
         }
