@@ -218,11 +218,12 @@ impl<T: Stored> IntegerOperation for HeadRows<'_, T> {
                 self.scores::<I, 1, 2>(set, panels, &queries, factors, starts, &mut scores, room);
             }
             for (r, row) in scores.chunks_exact_mut(room).enumerate().take(count) {
-                let (seen, unseen) = row.split_at_mut(self.visible((first + r) / group));
-                softmax_in_place(self.level, seen, 1.0);
-                unseen.fill(0.0);
+                let seen = self.visible((first + r) / group);
+                // Whole vectors; what is not seen gets no weight.
+                row[seen..].fill(f32::NEG_INFINITY);
+                softmax_in_place(self.level, row, 1.0);
                 if let Some(scales) = self.values.scales {
-                    seen.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
+                    row[..seen].iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
                 }
             }
             let mut r = 0;

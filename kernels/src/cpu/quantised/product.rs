@@ -116,13 +116,22 @@ impl Task<'_> {
     /// anything.
     #[inline(always)]
     fn pack<I: Integer>(&self, columns: usize, panel: &mut [u8]) {
-        for column in 0..self.count {
-            let row = self.layer.codes.row(self.first + column);
+        let row = |column: usize| self.layer.codes.row(self.first + column);
+        let mut column = 0;
+        while I::TOGETHER == 4 && column + 4 <= self.count {
+            let rows = [row(column), row(column + 1), row(column + 2), row(column + 3)];
+            match self.layer.codes.bits {
+                Bits::Four => pack_four_rows::<4>(rows, 0, columns, column, panel),
+                Bits::Eight => pack_four_rows::<8>(rows, flip::<I>(), columns, column, panel),
+            }
+            column += 4;
+        }
+        for column in column..self.count {
             match (self.layer.codes.bits, I::TOGETHER) {
-                (Bits::Four, 8) => pack_words::<8>(row, columns, column, panel),
-                (Bits::Four, _) => pack_words::<4>(row, columns, column, panel),
-                (Bits::Eight, 8) => pack_bytes::<I, 8>(row, columns, column, panel),
-                (Bits::Eight, _) => pack_bytes::<I, 4>(row, columns, column, panel),
+                (Bits::Four, 8) => pack_words::<8>(row(column), columns, column, panel),
+                (Bits::Four, _) => pack_words::<4>(row(column), columns, column, panel),
+                (Bits::Eight, 8) => pack_bytes::<8>(row(column), flip::<I>(), columns, column, panel),
+                (Bits::Eight, _) => pack_bytes::<4>(row(column), flip::<I>(), columns, column, panel),
             }
         }
     }
@@ -255,13 +264,55 @@ fn pack_words<const TOGETHER: usize>(row: &[u8], columns: usize, column: usize, 
 
 /// Codes of 8 bits of one output into its column of a panel.
 #[inline(always)]
-fn pack_bytes<I: Integer, const TOGETHER: usize>(row: &[u8], columns: usize, column: usize, panel: &mut [u8]) {
-    let flip = if I::OFFSET8 == 0 { 0 } else { 0x80 };
+fn pack_bytes<const TOGETHER: usize>(row: &[u8], flip: u8, columns: usize, column: usize, panel: &mut [u8]) {
     let (whole, rest) = row.as_chunks::<TOGETHER>();
     let mut last = [0; TOGETHER];
     last[..rest.len()].copy_from_slice(rest);
     let whole = whole.iter().chain((!rest.is_empty()).then_some(&last));
     for (unit, bytes) in panel.chunks_exact_mut(columns * TOGETHER).zip(whole) {
         unit[column * TOGETHER..][..TOGETHER].copy_from_slice(&bytes.map(|byte| byte ^ flip));
+    }
+}
+
+/// What makes bytes codes of the set.
+#[inline(always)]
+fn flip<I: Integer>() -> u8 {
+    if I::OFFSET8 == 0 { 0 } else { 0x80 }
+}
+
+/// As [`pack_words`] or [`pack_bytes`] of four outputs, four units at once, which are transposed in registers.
+#[inline(always)]
+fn pack_four_rows<const BITS: usize>(rows: [&[u8]; 4], flip: u8, columns: usize, column: usize, panel: &mut [u8]) {
+    // Bytes of a panel that 16 bytes of each row fill.
+    let step = columns * 4 * 4 * 8 / BITS;
+    let whole = rows[0].len() / 16;
+    for at in 0..whole {
+        let mut words = [[0u32; 4]; 4];
+        for (words, row) in words.iter_mut().zip(rows) {
+            for (word, bytes) in words.iter_mut().zip(row[16 * at..16 * at + 16].as_chunks().0) {
+                *word = u32::from_le_bytes(*bytes);
+            }
+        }
+        let panel = &mut panel[at * step..(at + 1) * step];
+        for (i, units) in panel.chunks_exact_mut(columns * 4 * 8 / BITS).enumerate() {
+            for (r, words) in words.iter().enumerate() {
+                let place = (column + r) * 4;
+                if BITS == 4 {
+                    units[place..place + 4].copy_from_slice(&(words[i] & 0x0f0f_0f0f).to_le_bytes());
+                    let high = place + columns * 4;
+                    units[high..high + 4].copy_from_slice(&(words[i] >> 4 & 0x0f0f_0f0f).to_le_bytes());
+                } else {
+                    let flips = u32::from_le_bytes([flip; 4]);
+                    units[place..place + 4].copy_from_slice(&(words[i] ^ flips).to_le_bytes());
+                }
+            }
+        }
+    }
+    let panel = &mut panel[whole * step..];
+    for (r, row) in rows.into_iter().enumerate() {
+        match BITS {
+            4 => pack_words::<4>(&row[whole * 16..], columns, column + r, panel),
+            _ => pack_bytes::<4>(&row[whole * 16..], flip, columns, column + r, panel),
+        }
     }
 }
