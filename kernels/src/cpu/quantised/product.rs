@@ -6,8 +6,8 @@ use super::activations::Quantised;
 use super::{BLOCK, Bits, Layer, layer_of};
 use crate::cpu::math;
 use crate::cpu::pool::ThreadPool;
-use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, lanes};
-use crate::cpu::simd::{Level, Simd};
+use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, Tiles, lanes};
+use crate::cpu::simd::{Level, MAX_LANES, Simd};
 use crate::device::Activation;
 use std::cell::Cell;
 
@@ -15,8 +15,12 @@ use std::cell::Cell;
 const TASK_ROWS: usize = 128;
 /// Tasks a thread.
 const TASKS: usize = 8;
+/// A multiple of the rows of every set's tiles.
+const ROWS: usize = 28;
+/// Vectors of outputs that a panel has.
+const VECTORS: usize = 2;
 /// Outputs of the widest panel.
-const MAX_COLUMNS: usize = 48;
+const MAX_COLUMNS: usize = VECTORS * MAX_LANES;
 
 thread_local! {
     /// Codes of a panel.
@@ -32,7 +36,7 @@ pub(super) fn product(level: Level, pool: &ThreadPool, x: &Quantised, layers: &[
     // Enough tasks that no thread waits long for the last one.
     let wanted = if threads == 1 { 1 } else { TASKS * threads };
     let row_tasks = wanted.div_ceil(layers.iter().map(panels).sum()).clamp(1, (x.rows / TASK_ROWS).max(1));
-    let rows_a_task = x.rows.div_ceil(row_tasks).next_multiple_of(8);
+    let rows_a_task = x.rows.div_ceil(row_tasks).next_multiple_of(ROWS);
     let row_tasks = x.rows.div_ceil(rows_a_task);
     let tasks = |layer: &Layer<'_>| panels(layer) * row_tasks;
     pool.run(layers.iter().map(tasks).sum(), |task| {
@@ -52,7 +56,7 @@ impl IntegerOperation for PanelColumns {
     type Output = usize;
     #[inline(always)]
     fn run<I: Integer>(self, _: I) -> usize {
-        2 * lanes::<I>()
+        VECTORS * lanes::<I>()
     }
 }
 
@@ -70,19 +74,14 @@ impl IntegerOperation for Task<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Integer>(self, set: I) {
-        // As many sums as there are registers for.
-        if lanes::<I>() == 16 {
-            self.tiles::<I, 7, 2>(set);
-        } else {
-            self.tiles::<I, 4, 2>(set);
-        }
+        set.tiles(self);
     }
 }
 
-impl Task<'_> {
+impl Tiles for Task<'_> {
     #[inline(always)]
-    fn tiles<I: Integer, const R: usize, const V: usize>(&self, set: I) {
-        let columns = V * lanes::<I>();
+    fn run<I: Integer, const R: usize>(self, set: I) {
+        let columns = VECTORS * lanes::<I>();
         let blocks = self.layer.codes.blocks();
         let mut panel = PANEL.take();
         let len = blocks * BLOCK * columns;
@@ -99,19 +98,21 @@ impl Task<'_> {
         let ending = Ending::new(self.layer, self.first, self.count);
         // The depth of a step, all of which has one scale, and whether a weight has scales for its steps.
         match (self.layer.codes.bits, a_block) {
-            (Bits::Four, 0) => self.rows::<I, R, V, 4, BLOCK, false>(set, &panel, of_columns, &ending),
-            (Bits::Four, 1) => self.rows::<I, R, V, 4, BLOCK, true>(set, &panel, of_columns, &ending),
-            (Bits::Four, 2) => self.rows::<I, R, V, 4, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Four, _) => self.rows::<I, R, V, 4, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 0) => self.rows::<I, R, V, 8, BLOCK, false>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 1) => self.rows::<I, R, V, 8, BLOCK, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 2) => self.rows::<I, R, V, 8, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, _) => self.rows::<I, R, V, 8, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, 0) => self.rows::<I, R, VECTORS, 4, BLOCK, false>(set, &panel, of_columns, &ending),
+            (Bits::Four, 1) => self.rows::<I, R, VECTORS, 4, BLOCK, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, 2) => self.rows::<I, R, VECTORS, 4, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, _) => self.rows::<I, R, VECTORS, 4, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 0) => self.rows::<I, R, VECTORS, 8, BLOCK, false>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 1) => self.rows::<I, R, VECTORS, 8, BLOCK, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, 2) => self.rows::<I, R, VECTORS, 8, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Eight, _) => self.rows::<I, R, VECTORS, 8, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
         }
         SCALES.set(scales);
         PANEL.set(panel);
     }
+}
 
+impl Task<'_> {
     /// Codes `[blocks, BLOCK / TOGETHER, columns, TOGETHER]`; of outputs that are missing, and behind the end of a row,
     /// anything.
     #[inline(always)]

@@ -17,6 +17,12 @@ pub(crate) trait IntegerOperation {
     fn run<I: Integer>(self, integer: I) -> Self::Output;
 }
 
+/// Work over tiles of `R` rows by two vectors of sums.
+pub(crate) trait Tiles {
+    /// As [`IntegerOperation::run`].
+    fn run<I: Integer, const R: usize>(self, integer: I);
+}
+
 /// Vectors of bytes of one instruction set: four of them for each f32 of a vector of [`Integer::Float`].
 pub(crate) trait Integer: Copy + Send + Sync + 'static {
     /// The set's f32.
@@ -49,6 +55,11 @@ pub(crate) trait Integer: Copy + Send + Sync + 'static {
     fn dot8(self, sum: Self::Sums, codes: Self::Bytes, activations: Self::Bytes) -> Self::Sums;
     /// Bytes of an output that lie together in a panel of the blocked product, 4 or 8.
     const TOGETHER: usize = 4;
+    /// Runs work with tiles of as many rows as there are registers for.
+    #[inline(always)]
+    fn tiles<T: Tiles>(self, work: T) {
+        work.run::<Self, 4>(self);
+    }
     /// `starts[r] + Σ codes · x[r]` for `R` rows of `D` activations and for `V` vectors of outputs, whose codes of `BITS`
     /// bits lie in a panel `[D / TOGETHER, outputs, TOGETHER]`.
     #[inline(always)]

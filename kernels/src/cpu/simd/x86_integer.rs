@@ -1,6 +1,6 @@
 //! Byte products of AVX2, AVX-VNNI and AVX-512 VNNI.
 
-use super::integer::{Integer, IntegerOperation};
+use super::integer::{Integer, IntegerOperation, Tiles};
 use super::x86::{Avx2, Avx512};
 use std::arch::x86_64::*;
 
@@ -174,6 +174,12 @@ impl Integer for Avx512Vnni {
     type Bytes = __m512i;
     type Sums = __m512i;
     const OFFSET8: i32 = 128;
+
+    #[inline(always)]
+    fn tiles<T: Tiles>(self, work: T) {
+        // 14 sums of integers and 14 of f32, two vectors of codes, one of activations.
+        work.run::<Self, 7>(self);
+    }
 
     #[inline(always)]
     fn enter<O: IntegerOperation>(self, operation: O) -> O::Output {
