@@ -12,11 +12,11 @@ use crate::cpu::simd::{Level, Operation, Portable, Simd};
 use crate::device::{DeviceError, Result};
 use std::cell::Cell;
 
-/// Depth of a panel in packed lanes: a panel of B then takes half of a 1 MiB level-2 cache at most, and the models'
-/// widths are mostly multiples of it.
-const DEPTH: usize = 384;
-/// Rows of A a task packs and works through, a multiple of every tile's rows: 192 · `DEPTH` · 4 bytes stay in level 2.
-const TASK_ROWS: usize = 192;
+/// Depth of a panel in packed lanes. Behind each of so many C is read and written again, which for a tower's rows goes to
+/// memory: the models' widths are mostly multiples of it or not much larger.
+const DEPTH: usize = 768;
+/// Rows of A a task packs and works through, a multiple of every tile's rows: 96 · `DEPTH` · 4 bytes stay in level 2.
+const TASK_ROWS: usize = 96;
 /// Columns of B packed at a time: 1536 · `DEPTH` · 4 bytes stay in level 3.
 const BLOCK_COLUMNS: usize = 1536;
 
