@@ -483,8 +483,7 @@ impl Device for CpuDevice {
             check::at_least("weighted_sum", "a part", part.0.len(), &[len])?;
         }
         check::at_least("weighted_sum", "out", out.0.len(), &[len])?;
-        let parts: Vec<&[f32]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        elementwise::weighted_sum(self.level, &self.pool, &parts, weights, &mut out.0[..len]);
+        elementwise::weighted_sum(self.level, &self.pool, parts, weights, &mut out.0[..len]);
         Ok(())
     }
 }

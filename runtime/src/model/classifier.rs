@@ -91,6 +91,11 @@ impl<D: Device> Classifier<D> {
 
     /// Ids of one text → the probability of each label on its own (sigmoid), `[labels]`.
     pub fn probabilities(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
-        Ok(self.logits(ids)?.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect())
+        Ok(self.logits(ids)?.iter().copied().map(probability).collect())
     }
+}
+
+/// The sigmoid of a logit.
+pub(crate) fn probability(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
 }

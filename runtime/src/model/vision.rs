@@ -110,11 +110,12 @@ impl<D: Device> VisionTower<D> {
     fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
         let frame = self.host.len() / frames;
         let equal = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
-        let first: Vec<usize> = (0..frames).map(|i| (0..i).find(|&j| equal(i, j)).unwrap_or(i)).collect();
-        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
-        if distinct.len() == frames {
+        let first_equal = |i: usize| (0..i).find(|&j| equal(i, j)).unwrap_or(i);
+        if (0..frames).all(|i| first_equal(i) == i) {
             return self.encode(device, frames, out);
         }
+        let first: Vec<usize> = (0..frames).map(first_equal).collect();
+        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
         for (to, &from) in distinct.iter().enumerate() {
             self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
         }
