@@ -48,13 +48,31 @@ thread_local! {
 }
 
 impl CpuCache {
-    pub(crate) fn new(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<Self> {
-        // Whole panels, so that one may be read to its end.
-        let room = capacity.checked_next_multiple_of(KEYS).and_then(|capacity| {
-            let bytes = capacity.checked_mul(key_heads)?.checked_mul(head_dim.next_multiple_of(4))?.checked_mul(8)?;
-            Some((capacity, bytes))
+    /// Positions in whole panels, so that one may be read to its end; an error where sizes overflow.
+    fn room(capacity: usize, key_heads: usize, head_dim: usize) -> Result<usize> {
+        let room = capacity.checked_next_multiple_of(KEYS).filter(|&capacity| {
+            let elements = capacity.checked_mul(key_heads).and_then(|n| n.checked_mul(head_dim.next_multiple_of(4)));
+            elements.is_some_and(|n| n.checked_mul(8).is_some())
         });
-        let Some((capacity, _)) = room else { return Err(DeviceError::OutOfMemory { bytes: usize::MAX }) };
+        room.ok_or(DeviceError::OutOfMemory { bytes: usize::MAX })
+    }
+
+    /// Bytes that a cache of these sizes takes.
+    pub(crate) fn bytes(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<usize> {
+        let capacity = Self::room(capacity, key_heads, head_dim)?;
+        let elements = key_heads * capacity * head_dim;
+        Ok(match kind {
+            CacheType::F32 => 2 * size_of::<f32>() * elements,
+            CacheType::F16 => 2 * size_of::<u16>() * elements,
+            CacheType::I8 => {
+                let floats = key_heads * head_dim + 2 * key_heads * capacity;
+                floats * size_of::<f32>() + key_heads * panel_bytes(capacity, head_dim) + elements
+            }
+        })
+    }
+
+    pub(crate) fn new(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<Self> {
+        let capacity = Self::room(capacity, key_heads, head_dim)?;
         let (elements, scales) = (key_heads * capacity * head_dim, key_heads * capacity);
         let kind = match kind {
             CacheType::F32 => Kind::F32 { keys: zeros(elements)?, values: zeros(elements)? },
@@ -72,6 +90,19 @@ impl CpuCache {
 
     pub(crate) fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Bytes that it takes.
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> usize {
+        match &self.kind {
+            Kind::F32 { keys, values } => size_of_val(&keys[..]) + size_of_val(&values[..]),
+            Kind::F16 { keys, values } => size_of_val(&keys[..]) + size_of_val(&values[..]),
+            Kind::I8(Bytes { mean, keys, key_scales, values, value_scales }) => {
+                let floats = mean.len() + key_scales.len() + value_scales.len();
+                floats * size_of::<f32>() + keys.len() + values.len()
+            }
+        }
     }
 
     pub(crate) fn is_of(&self, key_heads: usize, head_dim: usize) -> bool {

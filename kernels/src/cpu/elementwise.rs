@@ -1,5 +1,6 @@
 //! Operations on elements, and the bias and activation behind a product.
 
+use crate::cpu::CpuBuffer;
 use crate::cpu::math;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::{Level, Operation, Simd};
@@ -90,12 +91,12 @@ pub(crate) fn multiply(level: Level, pool: &ThreadPool, x: &mut [f32], y: &[f32]
 }
 
 /// `out = Σ weights[j] · parts[j]`, parts at least as long as `out`.
-pub(crate) fn weighted_sum(level: Level, pool: &ThreadPool, parts: &[&[f32]], weights: &[f32], out: &mut [f32]) {
+pub(crate) fn weighted_sum(level: Level, pool: &ThreadPool, parts: &[&CpuBuffer], weights: &[f32], out: &mut [f32]) {
     let chunk = chunk(pool, out.len());
     pool.run_chunks(out, chunk, |index, piece| {
         piece.fill(0.0);
         for (part, &weight) in parts.iter().zip(weights) {
-            level.run(Plain::AddScaled(piece, &part[index * chunk..], weight));
+            level.run(Plain::AddScaled(piece, &part.0[index * chunk..], weight));
         }
     });
 }

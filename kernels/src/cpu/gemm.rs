@@ -211,7 +211,9 @@ pub(crate) trait Tile: Copy + Send + Sync {
 }
 
 /// Elements of the largest tile.
-const MAX_TILE: usize = 12 * 32;
+const MAX_TILE: usize = MAX_TILE_ROWS * MAX_TILE_COLUMNS;
+const MAX_TILE_ROWS: usize = 12;
+const MAX_TILE_COLUMNS: usize = 32;
 
 /// Rows `first .. first + count` and columns `from .. from + depth` of a matrix.
 #[derive(Clone, Copy)]
@@ -534,6 +536,15 @@ pub(crate) fn with_panels<R>(
     let result = code(&mut vector[offset..offset + len]);
     memory.set(vector);
     result
+}
+
+/// Bytes that the panels of a blocked product `[rows, depth]` by `[depth, columns]` take at most, those of all threads
+/// together; they are kept for the next product.
+pub(crate) fn panel_bytes(rows: usize, columns: usize, depth: usize, threads: usize) -> usize {
+    let depth = depth.min(DEPTH);
+    let of_a = threads * rows.min(TASK_ROWS).next_multiple_of(MAX_TILE_ROWS) * depth;
+    let of_b = columns.min(BLOCK_COLUMNS).next_multiple_of(MAX_TILE_COLUMNS) * depth;
+    (of_a + of_b) * size_of::<f32>()
 }
 
 /// The blocked product; sizes are checked.

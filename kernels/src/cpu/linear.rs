@@ -11,7 +11,7 @@ use crate::device::{Activation, Result};
 use std::cell::Cell;
 
 /// Up to this many rows the dot products are at least as fast: a blocked product first has to pack the weight.
-const DOT_ROWS: usize = 32;
+pub(crate) const DOT_ROWS: usize = 32;
 /// Multiplications a task of dot products does at least: fewer are not worth waking a thread.
 const DOT_GRAIN: usize = 64 * 1024;
 /// Outputs of one task are a multiple of this, the most weight rows that one pass over x handles.

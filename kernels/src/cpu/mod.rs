@@ -12,6 +12,7 @@ pub mod gemm;
 mod linear;
 mod math;
 mod norm;
+mod plan;
 pub mod pool;
 mod position;
 mod quantised;
@@ -22,6 +23,7 @@ mod stored;
 pub use arithmetic::measure_arithmetic;
 pub use bandwidth::measure_read_bandwidth;
 pub use cache::CpuCache;
+pub use plan::{Held, PlanBuffer, PlanDevice, PlanWeight};
 pub use report::KernelReport;
 
 use crate::check;
@@ -97,6 +99,13 @@ fn zeros<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
     Ok(data)
 }
 
+/// Whether a weight is copied as f32 when it is loaded: norms and biases are read in f32 again and again, and take next to
+/// nothing.
+fn is_widened(tensor: &HostTensor) -> bool {
+    const SMALL: usize = 64 * 1024;
+    tensor.dtype() != DType::F32 && !tensor.dtype().is_scaled() && tensor.elements() <= SMALL
+}
+
 /// A bias of `outputs` elements as f32.
 fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) -> Result<Option<Cow<'a, [f32]>>> {
     let Some(bias) = bias else { return Ok(None) };
@@ -149,9 +158,7 @@ impl Device for CpuDevice {
     }
 
     fn weight(&self, tensor: &HostTensor) -> Result<CpuWeight> {
-        /// Norms and biases are read in f32 again and again, and take next to nothing.
-        const SMALL: usize = 64 * 1024;
-        if tensor.dtype() == DType::F32 || tensor.dtype().is_scaled() || tensor.elements() > SMALL {
+        if !is_widened(tensor) {
             return Ok(CpuWeight(tensor.clone()));
         }
         let wide = HostTensor::from_f32(&tensor.to_f32(), tensor.shape());
@@ -476,8 +483,7 @@ impl Device for CpuDevice {
             check::at_least("weighted_sum", "a part", part.0.len(), &[len])?;
         }
         check::at_least("weighted_sum", "out", out.0.len(), &[len])?;
-        let parts: Vec<&[f32]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        elementwise::weighted_sum(self.level, &self.pool, &parts, weights, &mut out.0[..len]);
+        elementwise::weighted_sum(self.level, &self.pool, parts, weights, &mut out.0[..len]);
         Ok(())
     }
 }

@@ -1,9 +1,19 @@
 //! Embedding rows and positions, learnt and rotary.
 
 use crate::cpu::elementwise::chunk_rows;
+use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Level;
 use crate::cpu::stored::{Values, widen_row};
+use std::cell::Cell;
+
+thread_local! {
+    /// A row of the position table.
+    static POSITION: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Frequencies of the pairs of a head, and their sines and cosines at a position.
+    static FREQUENCIES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static ROTATIONS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// `out[i] = table[ids[i]]` for rows of `width`; ids lie within the table.
 pub(crate) fn embed(level: Level, table: Values<'_>, width: usize, ids: &[u32], out: &mut [f32]) {
@@ -30,12 +40,13 @@ pub(crate) fn add_positions(
     }
     let rows = chunk_rows(pool, x.len() / width, width);
     pool.run_chunks(x, rows * width, |index, piece| {
-        let mut position = vec![0.0; width];
-        for (r, x) in piece.chunks_exact_mut(width).enumerate() {
-            let row = (first % table_rows + (index * rows + r) % table_rows) % table_rows;
-            widen_row(level, table, row, width, 0, &mut position);
-            x.iter_mut().zip(&position).for_each(|(x, position)| *x += position);
-        }
+        with_panels(&POSITION, width, |position| {
+            for (r, x) in piece.chunks_exact_mut(width).enumerate() {
+                let row = (first % table_rows + (index * rows + r) % table_rows) % table_rows;
+                widen_row(level, table, row, width, 0, position);
+                x.iter_mut().zip(&*position).for_each(|(x, position)| *x += position);
+            }
+        });
     });
 }
 
@@ -48,28 +59,31 @@ pub(crate) fn rope(pool: &ThreadPool, x: &mut [f32], heads: usize, head_dim: usi
         return;
     }
     let half = head_dim / 2;
-    let frequencies: Vec<f32> = (0..half)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
-        })
-        .collect();
     let width = heads * head_dim;
     let rows = chunk_rows(pool, x.len() / width, width);
-    pool.run_chunks(x, rows * width, |index, piece| {
-        let mut rotations = vec![(0.0f32, 0.0f32); half];
-        for (r, row) in piece.chunks_exact_mut(width).enumerate() {
-            let position = (first + index * rows + r) as f32;
-            for (rotation, frequency) in rotations.iter_mut().zip(&frequencies) {
-                let (sin, cos) = f64::from(position * frequency).sin_cos();
-                *rotation = (sin as f32, cos as f32);
-            }
-            for head in row.chunks_exact_mut(head_dim) {
-                let (low, high) = head.split_at_mut(half);
-                for ((a, b), (sin, cos)) in low.iter_mut().zip(high).zip(&rotations) {
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                }
-            }
+    with_panels(&FREQUENCIES, half, |frequencies| {
+        for (i, frequency) in frequencies.iter_mut().enumerate() {
+            let exponent = (2 * i) as f32 / head_dim as f32;
+            *frequency = 1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32);
         }
+        let frequencies = &*frequencies;
+        pool.run_chunks(x, rows * width, |index, piece| {
+            with_panels(&ROTATIONS, 2 * half, |rotations| {
+                let (sines, cosines) = rotations.split_at_mut(half);
+                for (r, row) in piece.chunks_exact_mut(width).enumerate() {
+                    let position = (first + index * rows + r) as f32;
+                    for ((sine, cosine), frequency) in sines.iter_mut().zip(&mut *cosines).zip(frequencies) {
+                        let (sin, cos) = f64::from(position * frequency).sin_cos();
+                        (*sine, *cosine) = (sin as f32, cos as f32);
+                    }
+                    for head in row.chunks_exact_mut(head_dim) {
+                        let (low, high) = head.split_at_mut(half);
+                        for (((a, b), sin), cos) in low.iter_mut().zip(high).zip(&*sines).zip(&*cosines) {
+                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                        }
+                    }
+                }
+            });
+        });
     });
 }

@@ -23,6 +23,7 @@ pub struct Batch<D: Device> {
     capacity: usize,
     slots: Vec<Slot<D>>,
     work: Work<D>,
+    ids: Vec<u32>,
     /// One row of queries, keys, values, and what is attended to.
     row: [D::Buffer; 4],
     head_out: D::Buffer,
@@ -44,6 +45,7 @@ impl<D: Device> Batch<D> {
             capacity,
             slots: (0..slots).map(|_| slot()).collect::<Result<_, _>>()?,
             work: decoder.work(slots)?,
+            ids: Vec::with_capacity(slots),
             row: [row(heads)?, row(key_heads)?, row(key_heads)?, row(heads)?],
             head_out: allocate(device, &[slots, vocabulary])?,
             logits: vec![0.0; slots * vocabulary],
@@ -110,9 +112,10 @@ impl<D: Device> Batch<D> {
         if rows == 0 {
             return Err(DecodeError::NoTokens.into());
         }
-        let ids: Vec<u32> = tokens.iter().map(|token| token.1).collect();
-        let Batch { decoder, slots, work, row: [one_query, one_key, one_value, one_out], .. } = self;
-        decoder.embed(&ids, work, 0)?;
+        let Batch { decoder, slots, work, ids, row: [one_query, one_key, one_value, one_out], .. } = self;
+        ids.clear();
+        ids.extend(tokens.iter().map(|token| token.1));
+        decoder.embed(ids, work, 0)?;
         let device = decoder.device();
         let (query_width, key_width) = (heads * head_dim, key_heads * head_dim);
         decoder.forward(work, rows, |layer, work| {

@@ -59,6 +59,11 @@ impl<D: Device> Bert<D> {
         })
     }
 
+    /// Rows of the table of words.
+    pub(super) fn vocabulary(&self) -> usize {
+        self.config.vocabulary
+    }
+
     /// The longest text that positions suffice for.
     pub(super) fn capacity(&self) -> usize {
         self.config.positions - self.config.padding.map_or(0, |p| p as usize + 1)

@@ -12,6 +12,9 @@ pub(super) const VISION: &str = "model.vision_tower.vision_tower.vision_model.";
 pub(super) const AUDIO: &str = "model.audio_tower.audio_tower.encoder.";
 pub(super) const BERT: &str = "model.bert_model.";
 
+/// How a folder's weights are opened.
+pub(super) type OpenCheckpoint = fn(&Path) -> Result<Checkpoint, WeightsError>;
+
 /// Opened files of a tower that is not in the checkpoint, and where in them it lies.
 pub(super) struct Tower {
     pub(super) checkpoint: Checkpoint,
@@ -26,6 +29,7 @@ impl Tower {
         inside: &str,
         folder: Option<&Path>,
         prefixes: &[&'static str],
+        open: OpenCheckpoint,
     ) -> Result<Option<Self>, ModelError> {
         if main.any_under(inside) {
             return Ok(None);
@@ -34,7 +38,7 @@ impl Tower {
             let tensor = format!("{inside}*");
             return Err(WeightsError::Missing { folder: main.folder().to_owned(), tensor }.into());
         };
-        let checkpoint = Checkpoint::open(folder)?;
+        let checkpoint = open(folder)?;
         let prefix = prefixes.iter().find(|p| checkpoint.any_under(p)).copied().unwrap_or_default();
         Ok(Some(Tower { checkpoint, prefix }))
     }

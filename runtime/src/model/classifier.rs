@@ -7,6 +7,7 @@ use candor_kernels::{Activation, Device};
 
 use super::ModelError;
 use super::bert::Bert;
+use super::checkpoint::OpenCheckpoint;
 use super::config::ClassifierConfig;
 use super::layers::{Bias, Linear, Loader};
 use super::rows::allocate;
@@ -27,8 +28,18 @@ pub struct Classifier<D: Device> {
 impl<D: Device> Classifier<D> {
     /// Opens a folder with config.json and weights.
     pub fn open(folder: &Path, device: D) -> Result<Self, ModelError> {
+        Self::open_by(folder, device, Checkpoint::open)
+    }
+
+    /// As [`Classifier::open`], without reading a weight: for a device that computes nothing
+    /// ([`candor_kernels::cpu::PlanDevice`]).
+    pub fn open_headers(folder: &Path, device: D) -> Result<Self, ModelError> {
+        Self::open_by(folder, device, Checkpoint::open_headers)
+    }
+
+    fn open_by(folder: &Path, device: D, open: OpenCheckpoint) -> Result<Self, ModelError> {
         let config = ClassifierConfig::read(folder)?;
-        let checkpoint = Checkpoint::open(folder)?;
+        let checkpoint = open(folder)?;
         let inventory = Inventory::new(&checkpoint);
         let root = Loader::new(&device, inventory.part(""));
         let (width, labels) = (config.encoder.width, config.labels.len());
@@ -59,6 +70,11 @@ impl<D: Device> Classifier<D> {
         &self.labels
     }
 
+    /// Rows of the table of words.
+    pub fn vocabulary(&self) -> usize {
+        self.bert.vocabulary()
+    }
+
     /// The longest text, in ids, that can be read.
     pub fn capacity(&self) -> usize {
         self.bert.capacity()
@@ -75,6 +91,11 @@ impl<D: Device> Classifier<D> {
 
     /// Ids of one text → the probability of each label on its own (sigmoid), `[labels]`.
     pub fn probabilities(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
-        Ok(self.logits(ids)?.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect())
+        Ok(self.logits(ids)?.iter().copied().map(probability).collect())
     }
+}
+
+/// The sigmoid of a logit.
+pub(crate) fn probability(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
 }

@@ -502,6 +502,11 @@ impl<D: Device> Session<D> {
         self.caches.len() * self.decoder.cache_type().position_bytes(key_heads, head_dim)
     }
 
+    /// Bytes of host memory, beside the device's.
+    pub fn host_bytes(&self) -> usize {
+        self.logits.capacity() * size_of::<f32>() + self.held.bytes()
+    }
+
     /// The logits behind each of the positions in the cache, `[positions, vocabulary]`. For comparisons: it takes
     /// memory of its own.
     pub fn all_logits(&self) -> Result<Vec<f32>, ModelError> {

@@ -23,6 +23,11 @@ impl Held {
         Held(Vec::with_capacity(positions))
     }
 
+    /// Bytes that it takes.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.capacity() * size_of::<Source>()
+    }
+
     /// Forgets the positions from `position` on.
     pub(super) fn truncate(&mut self, position: usize) {
         self.0.truncate(position);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candor_kernels::Device;
 
 use super::audio::AudioTower;
-use super::checkpoint::{AUDIO, BERT, Tower, VISION, finish_main, finish_tower};
+use super::checkpoint::{AUDIO, BERT, OpenCheckpoint, Tower, VISION, finish_main, finish_tower};
 use super::config::ModelConfig;
 use super::decoder::{Decoder, Session};
 use super::gate::{BRANCHES, Gate};
@@ -14,7 +14,7 @@ use super::layers::Loader;
 use super::projector::Projector;
 use super::vision::VisionTower;
 use super::{Adapter, Batch, ModelError, Rows};
-use crate::weights::{Checkpoint, Inventory};
+use crate::weights::{Checkpoint, Inventory, Pages};
 
 /// All parts of a model. Its buffers are taken on first use and kept; results go into [`Rows`] that the caller keeps.
 pub struct Model<D: Device> {
@@ -23,6 +23,8 @@ pub struct Model<D: Device> {
     vision: VisionTower<D>,
     projector: Projector<D>,
     gate: Gate<D>,
+    /// The gate's encoder in the mapped files. A watched stream asks one instruction, and needs it once.
+    gate_pages: Pages,
     audio: Option<AudioTower<D>>,
     decoder: Arc<Decoder<D>>,
     /// The same with the adapter.
@@ -47,13 +49,30 @@ impl<D: Device> Model<D> {
     /// Opens a model folder in the published layout. Weights are mapped, and every tensor's name, type and shape is
     /// checked; on the CPU nothing is copied.
     pub fn open(folder: &Path, device: D) -> Result<Self, ModelError> {
+        Self::open_by(folder, device, Checkpoint::open)
+    }
+
+    /// As [`Model::open`], without reading a weight: for a device that computes nothing
+    /// ([`candor_kernels::cpu::PlanDevice`]).
+    pub fn open_headers(folder: &Path, device: D) -> Result<Self, ModelError> {
+        Self::open_by(folder, device, Checkpoint::open_headers)
+    }
+
+    fn open_by(folder: &Path, device: D, open: OpenCheckpoint) -> Result<Self, ModelError> {
         let config = ModelConfig::read(folder)?;
-        let main = Checkpoint::open(folder)?;
-        let vision_tower = Tower::find(&main, VISION, config.vision_folder.as_deref(), &["vision_model."])?;
-        let bert_tower = Tower::find(&main, BERT, config.bert_folder.as_deref(), &["bert."])?;
+        let main = open(folder)?;
+        let find = |inside, folder: Option<&Path>, prefixes: &[&'static str]| {
+            Tower::find(&main, inside, folder, prefixes, open)
+        };
+        let vision_tower = find(VISION, config.vision_folder.as_deref(), &["vision_model."])?;
+        let bert_tower = find(BERT, config.bert_folder.as_deref(), &["bert."])?;
         let audio_tower = match config.audio {
-            Some(_) => Tower::find(&main, AUDIO, config.audio_folder.as_deref(), &["model.encoder.", "encoder."])?,
+            Some(_) => find(AUDIO, config.audio_folder.as_deref(), &["model.encoder.", "encoder."])?,
             None => None,
+        };
+        let gate_pages = match &bert_tower {
+            Some(tower) => tower.checkpoint.pages(tower.prefix),
+            None => main.pages(BERT),
         };
 
         let inventory = Inventory::new(&main);
@@ -92,7 +111,8 @@ impl<D: Device> Model<D> {
         let towers: usize = separate.iter().filter_map(|t| t.as_ref()).map(|t| t.checkpoint.mapped_bytes()).sum();
         let mapped_bytes = main.mapped_bytes() + towers;
         let adapted = decoder.clone();
-        Ok(Model { vision, projector, gate, audio, decoder, adapted, config, mapped_bytes, device: device.clone() })
+        let device = device.clone();
+        Ok(Model { vision, projector, gate, gate_pages, audio, decoder, adapted, config, mapped_bytes, device })
     }
 
     /// The sizes.
@@ -108,6 +128,11 @@ impl<D: Device> Model<D> {
     /// Bytes of the mapped weight files.
     pub fn mapped_bytes(&self) -> usize {
         self.mapped_bytes
+    }
+
+    /// Bytes of host memory, beside the device's, that the parts before the decoder keep between windows.
+    pub fn host_bytes(&self) -> usize {
+        self.vision.host_bytes()
     }
 
     /// No rows yet, to be filled by the calls below.
@@ -126,9 +151,14 @@ impl<D: Device> Model<D> {
     }
 
     /// Word-piece ids of the instruction, with `[CLS]` and `[SEP]` → weights of the branches video, body and face.
-    /// Computed once for an instruction.
+    /// Computed once for an instruction; the encoder's pages are let go of behind it.
     pub fn gate(&mut self, instruction_ids: &[u32]) -> Result<[f32; BRANCHES], ModelError> {
-        self.gate.forward(&self.device, instruction_ids)
+        let runs = self.gate.runs;
+        let weights = self.gate.forward(&self.device, instruction_ids)?;
+        if self.gate.runs > runs {
+            self.gate_pages.let_go();
+        }
+        Ok(weights)
     }
 
     /// Patch states of a window's frames → video tokens `[frames · tokens a frame, decoder width]`.

@@ -8,7 +8,7 @@ use candor_kernels::{Activation, Device, DeviceError, Unfold};
 
 use super::config::{ProjectorKind, VisionConfig};
 use super::gate::BRANCHES;
-use super::kept::{Places, copy_blocks};
+use super::kept::{Assigned, Places, copy_blocks};
 use super::layers::{Bias, LayerNorm, Linear, Loader};
 use super::rows::{allocate, grow};
 use super::{ModelError, Rows};
@@ -71,6 +71,15 @@ struct Kept<D: Device> {
     tokens: [D::Buffer; 2],
     /// Frames that went through the first stages, and through the rest.
     counts: [u64; 2],
+    places: WindowPlaces,
+}
+
+/// Where the frames of a window lie.
+#[derive(Default)]
+struct WindowPlaces {
+    pairs: Vec<(Option<u64>, u64)>,
+    of_frames: Assigned,
+    of_pairs: Assigned,
 }
 
 /// Buffers of a block: its input and output, and what passes between its layers.
@@ -129,6 +138,7 @@ impl<D: Device> Projector<D> {
                 pairs: Places::new(),
                 tokens: [none()?, none()?],
                 counts: [0; 2],
+                places: WindowPlaces::default(),
             },
         })
     }
@@ -175,32 +185,57 @@ impl<D: Device> Projector<D> {
         staged.iter_mut().try_for_each(|buffer| grow(device, buffer, &[frames, staged_size]))?;
         tokens.iter_mut().chain([face]).try_for_each(|buffer| grow(device, buffer, &[frames, size]))?;
 
-        let pairs: Vec<_> = (0..frames).map(|i| (i.checked_sub(1).map(|before| keys[before]), keys[i])).collect();
-        let (mut frame_places, pair_places) = (self.kept.frames.assign(keys), self.kept.pairs.assign(&pairs));
-        let all: Vec<usize> = (0..frames).collect();
-        if !frame_places.missing.is_empty() && frame_places.missing.len() * patches <= FEW_ROWS {
-            frame_places.missing.clone_from(&all);
-        }
-        self.first_stages(device, states, &frame_places.missing, &frame_places.place)?;
-        let mut runs: Vec<&[usize]> = pair_places.missing.chunk_by(|&before, &next| next == before + 1).collect();
-        if runs.iter().any(|run| run.len() * reduced * reduced <= FEW_ROWS) {
-            runs = vec![&all];
-        }
-        for run in &runs {
-            self.over_time(device, run[0], run.len(), &frame_places.place, &pair_places.place)?;
-        }
-        self.kept.counts[0] += frame_places.missing.len() as u64;
-        self.kept.counts[1] += runs.iter().map(|run| run.len() as u64).sum::<u64>();
-
-        let Projector { kept, outputs, .. } = self;
-        let in_order = |places: &[usize]| places.iter().copied().zip(0..).collect::<Vec<_>>();
-        let ([video, body, face_out], pair_order) = (outputs, in_order(&pair_places.place));
-        copy_blocks(device, &kept.tokens[0], video, size, pair_order.iter().copied())?;
-        copy_blocks(device, &kept.tokens[1], body, size, pair_order)?;
-        copy_blocks(device, &kept.face, face_out, size, in_order(&frame_places.place))?;
-        kept.frames.settle(keys, &frame_places);
-        kept.pairs.settle(&pairs, &pair_places);
+        let mut places = std::mem::take(&mut self.kept.places);
+        let done = self.missing_rows(device, states, keys, &mut places);
+        self.kept.places = places;
+        done?;
         Ok(frames * reduced * reduced)
+    }
+
+    /// Computes the rows that are missing, and puts all of them in the order of the frames.
+    fn missing_rows(
+        &mut self,
+        device: &D,
+        states: &Rows<D>,
+        keys: &[u64],
+        places: &mut WindowPlaces,
+    ) -> Result<(), ModelError> {
+        let frames = keys.len();
+        let reduced = self.kind.reduced(self.side);
+        let (patches, size) = (self.side * self.side, reduced * reduced * self.width);
+        let WindowPlaces { pairs, of_frames, of_pairs } = places;
+        pairs.clear();
+        pairs.extend((0..frames).map(|i| (i.checked_sub(1).map(|before| keys[before]), keys[i])));
+        self.kept.frames.assign(keys, of_frames);
+        self.kept.pairs.assign(pairs, of_pairs);
+        if !of_frames.missing.is_empty() && of_frames.missing.len() * patches <= FEW_ROWS {
+            of_frames.missing.clear();
+            of_frames.missing.extend(0..frames);
+        }
+        self.first_stages(device, states, &of_frames.missing, &of_frames.place)?;
+        let runs = || of_pairs.missing.chunk_by(|&before, &next| next == before + 1).map(|run| (run[0], run.len()));
+        if runs().any(|(_, count)| count * reduced * reduced <= FEW_ROWS) {
+            self.over_time(device, 0, frames, &of_frames.place, &of_pairs.place)?;
+            self.kept.counts[1] += frames as u64;
+        } else {
+            for (first, count) in runs() {
+                self.over_time(device, first, count, &of_frames.place, &of_pairs.place)?;
+                self.kept.counts[1] += count as u64;
+            }
+        }
+        self.kept.counts[0] += of_frames.missing.len() as u64;
+
+        let Projector { kept, outputs: [video, body, face_out], .. } = self;
+        for (from, to, places) in [
+            (&kept.tokens[0], video, &*of_pairs),
+            (&kept.tokens[1], body, &*of_pairs),
+            (&kept.face, face_out, &*of_frames),
+        ] {
+            copy_blocks(device, from, to, size, places.place.iter().copied().zip(0..))?;
+        }
+        kept.frames.settle(keys, of_frames);
+        kept.pairs.settle(pairs, of_pairs);
+        Ok(())
     }
 
     /// What depends on a frame alone, of the frames `missing`: first stages and face branch, to their places.

@@ -1,5 +1,7 @@
 //! The SigLIP vision tower: a picture's patches to one state a patch.
 
+use std::ops::Range;
+
 use candor_kernels::{Activation, Device, Unfold};
 
 use super::config::VisionConfig;
@@ -9,6 +11,8 @@ use super::rows::{allocate, grow};
 use super::{ModelError, Rows};
 
 const COLOURS: usize = 3;
+/// Patches that go through the layers at once. The frames of a window that has more go in runs, which bounds the buffers.
+const RUN: usize = 800;
 
 const NAMES: Names = Names {
     query: "self_attn.q_proj",
@@ -30,6 +34,8 @@ pub struct VisionTower<D: Device> {
     host: Vec<f32>,
     pixels: D::Buffer,
     columns: D::Buffer,
+    /// States of a run, where there are several.
+    run: D::Buffer,
     /// States of the frames that differ, where others are their equals.
     distinct: Rows<D>,
     /// Frames that went through the layers.
@@ -53,15 +59,16 @@ impl<D: Device> VisionTower<D> {
             key_bias: Bias::Each,
         };
         let encoder = Encoder::load(device, &loader.under("encoder").under("layers"), &NAMES, shape)?;
-        let (pixels, columns) = (allocate(device, &[0])?, allocate(device, &[0])?);
+        let none = || allocate(device, &[0]);
         Ok(VisionTower {
             config: config.clone(),
             patch_embedding,
             positions,
             encoder,
             host: Vec::new(),
-            pixels,
-            columns,
+            pixels: none()?,
+            columns: none()?,
+            run: none()?,
             distinct: Rows::empty(device)?,
             encoded: 0,
         })
@@ -103,11 +110,12 @@ impl<D: Device> VisionTower<D> {
     fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
         let frame = self.host.len() / frames;
         let equal = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
-        let first: Vec<usize> = (0..frames).map(|i| (0..i).find(|&j| equal(i, j)).unwrap_or(i)).collect();
-        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
-        if distinct.len() == frames {
+        let first_equal = |i: usize| (0..i).find(|&j| equal(i, j)).unwrap_or(i);
+        if (0..frames).all(|i| first_equal(i) == i) {
             return self.encode(device, frames, out);
         }
+        let first: Vec<usize> = (0..frames).map(first_equal).collect();
+        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
         for (to, &from) in distinct.iter().enumerate() {
             self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
         }
@@ -126,26 +134,51 @@ impl<D: Device> VisionTower<D> {
         Ok(())
     }
 
+    /// The first `frames` frames in `self.host`, a run after the other.
     fn encode(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
-        let VisionConfig { width, image, patch, .. } = self.config;
+        let (patches, width) = (self.config.patches(), self.config.width);
+        out.resize(device, frames * patches, width)?;
+        self.encoded += frames as u64;
+        let a_run = (RUN / patches).clamp(1, frames);
+        if a_run == frames {
+            return self.encode_run(device, 0..frames, &mut out.buffer);
+        }
+        let mut states = std::mem::replace(&mut self.run, allocate(device, &[0])?);
+        grow(device, &mut states, &[a_run * patches, width])?;
+        for first in (0..frames).step_by(a_run) {
+            let run = first..frames.min(first + a_run);
+            self.encode_run(device, run.clone(), &mut states)?;
+            device.copy(&states, 0, &mut out.buffer, first * patches * width, run.len() * patches * width)?;
+        }
+        self.run = states;
+        Ok(())
+    }
+
+    /// Some frames in `self.host` → states `[frames · patches, width]`.
+    fn encode_run(&mut self, device: &D, frames: Range<usize>, states: &mut D::Buffer) -> Result<(), ModelError> {
+        let VisionConfig { image, patch, .. } = self.config;
         let patches = self.config.patches();
         let unfold = Unfold {
-            size: [frames, image, image],
+            size: [frames.len(), image, image],
             channels: COLOURS,
             kernel: [1, patch, patch],
             stride: [1, patch, patch],
             pad_before: [0; 3],
             pad_after: [0; 3],
         };
-        let rows = frames * patches;
-        self.encoded += frames as u64;
-        grow(device, &mut self.pixels, &[self.host.len()])?;
+        let (rows, frame) = (frames.len() * patches, COLOURS * image * image);
+        let host = &self.host[frames.start * frame..frames.end * frame];
+        grow(device, &mut self.pixels, &[host.len()])?;
         grow(device, &mut self.columns, &[rows, unfold.column()])?;
-        out.resize(device, rows, width)?;
-        device.write(&self.host, &mut self.pixels, 0)?;
+        device.write(host, &mut self.pixels, 0)?;
         device.unfold(&self.pixels, unfold, &mut self.columns)?;
-        self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, &mut out.buffer)?;
-        device.add_positions(&mut out.buffer, rows, &self.positions, 0)?;
-        self.encoder.forward(device, &mut out.buffer, frames, patches)
+        self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, states)?;
+        device.add_positions(states, rows, &self.positions, 0)?;
+        self.encoder.forward(device, states, frames.len(), patches)
+    }
+
+    /// Bytes of host memory that are kept between windows.
+    pub(super) fn host_bytes(&self) -> usize {
+        self.host.capacity() * size_of::<f32>()
     }
 }

@@ -130,6 +130,8 @@ pub struct Generator<'a, M: LanguageModel + ?Sized> {
     /// How many of `written` are in the cache.
     cached: usize,
     written: Vec<Written>,
+    /// Tokens on their way into the cache.
+    missing: Vec<u32>,
     state: State,
     text: Vec<u8>,
     finished: bool,
@@ -162,7 +164,8 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
             budget,
             prompt,
             cached: 0,
-            written: Vec::new(),
+            written: Vec::with_capacity(budget),
+            missing: Vec::with_capacity(budget),
             state: grammar.start(),
             text: Vec::new(),
             finished: false,
@@ -223,8 +226,9 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
         if self.cached > tokens {
             self.model.truncate(self.prompt + tokens)?;
         } else if self.cached < tokens {
-            let missing: Vec<u32> = self.written[self.cached..tokens].iter().map(|written| written.token).collect();
-            self.model.append(&missing)?;
+            self.missing.clear();
+            self.missing.extend(self.written[self.cached..tokens].iter().map(|written| written.token));
+            self.model.append(&self.missing)?;
         }
         self.cached = tokens;
         Ok(())

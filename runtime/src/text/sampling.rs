@@ -141,7 +141,7 @@ fn keep_nucleus(candidates: &mut Vec<(u32, f64)>, total: f64, top_p: f64) -> f64
     // vocabulary need not be sorted.
     let negligible = total * (1.0 - top_p) / candidates.len() as f64;
     candidates.retain(|&(_, weight)| weight >= negligible);
-    candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let mut kept = 0.0;
     let mut count = 0;
     for &(_, weight) in candidates.iter() {

@@ -3,6 +3,9 @@
 
 use std::ops::Range;
 
+/// States of a walk that need no memory of their own: one more than the bytes of the longest token.
+const FEW: usize = 136;
+
 /// One byte of the trie. A node's subtree is the run of nodes behind it, up to `skip`.
 #[derive(Debug, Clone, Copy)]
 struct Node {
@@ -110,7 +113,14 @@ impl TokenTable {
     /// Visits every token whose bytes lead from `start` through `step` without meeting `None`, with the state
     /// reached, in order of spelling.
     pub fn walk<S: Copy>(&self, start: S, step: impl Fn(S, u8) -> Option<S>, mut visit: impl FnMut(u32, S)) {
-        let mut states = vec![start; self.deepest + 1];
+        // Few tokens are longer, and few vocabularies have one that is.
+        let (mut few, mut many) = ([start; FEW], Vec::new());
+        let states = if self.deepest < FEW {
+            &mut few[..]
+        } else {
+            many.resize(self.deepest + 1, start);
+            &mut many[..]
+        };
         let mut index = 0;
         while let Some(node) = self.nodes.get(index) {
             let depth = node.depth as usize;

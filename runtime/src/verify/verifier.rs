@@ -8,6 +8,7 @@ use candor_kernels::Device;
 use super::classifier::{SentenceClassifier, VerifierError};
 use super::emotions::GO_EMOTIONS;
 use crate::manifest::Manifest;
+use crate::model::classifier::probability;
 use crate::model::{Classifier, ModelError};
 use crate::observation::Identity;
 use crate::text::{Tokenizer, TokenizerError};
@@ -69,8 +70,8 @@ impl<D: Device> Verifier<D> {
             return Ok(*known);
         }
         let ids = self.tokenizer.encode_sequence(sentence, self.classifier.capacity())?;
-        let output = self.classifier.probabilities(&ids)?;
-        let probabilities = self.places.map(|place| output[place]);
+        let logits = self.classifier.logits(&ids)?;
+        let probabilities = self.places.map(|place| probability(logits[place]));
         if self.remembered.len() >= self.most_remembered {
             self.remembered.clear();
         }

@@ -76,6 +76,12 @@ impl<D: Device> Frames<D> {
         })
     }
 
+    /// Bytes of host memory, beside the device's.
+    pub(super) fn host_bytes(&self) -> usize {
+        let pictures: usize = self.seen.iter().map(|seen| seen.picture.len()).sum();
+        self.pixels.capacity() * size_of::<f32>() + pictures
+    }
+
     /// Forgets the pictures: their states are no longer where [`Frames::features`] put them.
     pub(super) fn forget(&mut self) {
         self.seen.clear();

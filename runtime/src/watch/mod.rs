@@ -1,11 +1,13 @@
 //! Puts the stages together: a window in, an observation out.
 
 mod frames;
+pub mod plan;
 pub mod policy;
 pub mod report;
 pub mod reuse;
 pub mod watcher;
 
+pub use plan::{Pictures, Plan, PlanError};
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, ReportError};
 pub use reuse::{ParseReuseError, Reuse, Work};

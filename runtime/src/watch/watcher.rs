@@ -193,7 +193,8 @@ impl<D: Device> Watcher<D> {
         let grammar = Grammar::new(table.clone(), labels, max_new_tokens).map_err(grammar_error)?;
         let scorer = LabelScorer::new(table, labels).map_err(grammar_error)?;
 
-        let mut session = model.session(capacity(config, &prompt, max_new_tokens))?;
+        let mut session = model.session(capacity(config, text_tokens(&prompt), max_new_tokens))?;
+        let Rooms { features, frames, video } = Rooms::new(&model)?;
         session.restrict_head(tokens.as_deref())?;
 
         let input = &manifest.input;
@@ -208,9 +209,9 @@ impl<D: Device> Watcher<D> {
             identity: manifest.identity_record()?,
             emotions: manifest.emotions(),
             preprocess: Preprocess { side, fit, detail: input.detail, grey: input.grey },
-            features: Rows::with_room(model.device(), config.frames * config.vision.patches(), config.vision.width)?,
-            frames: Frames::new(&model)?,
-            video: model.rows()?,
+            features,
+            frames,
+            video,
             video_of: None,
             frames_searched: 0,
             read_before: Reading::default(),
@@ -254,7 +255,7 @@ impl<D: Device> Watcher<D> {
         let config = self.model.config();
         let prompt = self.template.prompt(&self.tokenizer, instruction, false)?;
         let gate_ids = self.gate_tokenizer.encode_sequence(instruction, config.bert.positions)?;
-        let needed = capacity(config, &prompt, self.manifest.model.max_new_tokens);
+        let needed = capacity(config, text_tokens(&prompt), self.manifest.model.max_new_tokens);
         if self.session.capacity() < needed {
             self.renew_session(needed)?;
         }
@@ -517,12 +518,33 @@ impl<D: Device> Watcher<D> {
     }
 }
 
-/// Positions that a prompt and what is written behind it take.
-fn capacity(config: &ModelConfig, prompt: &[PromptPiece], max_new_tokens: usize) -> usize {
-    let video_tokens = config.frames * config.tokens_a_frame();
-    let positions =
-        prompt.iter().map(|piece| if let PromptPiece::Text(ids) = piece { ids.len() } else { video_tokens });
-    (positions.sum::<usize>() + max_new_tokens + SPELLING_ROOM).min(config.decoder.positions)
+/// The device's memory that a watcher keeps for windows, beside the model's own and the session's.
+pub(super) struct Rooms<D: Device> {
+    pub(super) features: Rows<D>,
+    pub(super) frames: Frames<D>,
+    pub(super) video: Rows<D>,
+}
+
+impl<D: Device> Rooms<D> {
+    pub(super) fn new(model: &Model<D>) -> Result<Self, WatchError> {
+        let config = model.config();
+        let states = config.frames * config.vision.patches();
+        Ok(Rooms {
+            features: Rows::with_room(model.device(), states, config.vision.width)?,
+            frames: Frames::new(model)?,
+            video: model.rows()?,
+        })
+    }
+}
+
+fn text_tokens(prompt: &[PromptPiece]) -> usize {
+    prompt.iter().map(|piece| if let PromptPiece::Text(ids) = piece { ids.len() } else { 0 }).sum()
+}
+
+/// Positions that a prompt with so many text tokens and one video, and what is written behind it, take.
+pub(super) fn capacity(config: &ModelConfig, text_tokens: usize, max_new_tokens: usize) -> usize {
+    let prompt = config.frames * config.tokens_a_frame() + text_tokens;
+    (prompt + max_new_tokens + SPELLING_ROOM).min(config.decoder.positions)
 }
 
 fn face_in(index: usize, face: &WindowFace, frame: &Frame) -> Face {

@@ -1,10 +1,12 @@
 //! The tensors of a model folder: one file, or shards with an index.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candor_kernels::scales::ScaleError;
-use candor_kernels::tensor::{Bytes, TensorError};
+use candor_kernels::tensor::TensorError;
 use candor_kernels::{DType, HostTensor, Scales};
 use serde::Deserialize;
 
@@ -19,7 +21,32 @@ const INDEX_LIMIT: u64 = 100_000_000;
 
 struct File {
     path: PathBuf,
-    bytes: Bytes,
+    mapping: Arc<Mapping>,
+}
+
+impl File {
+    fn bytes(&self) -> &[u8] {
+        (*self.mapping).as_ref()
+    }
+}
+
+/// What opening reads besides the headers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Read {
+    /// Scales of quantised weights: they are checked, and those of rows copied.
+    Scales,
+    /// Nothing: scales of rows are ones.
+    Nothing,
+}
+
+/// Pages of mapped files that can be let go of.
+pub(crate) struct Pages(Vec<(Arc<Mapping>, Range<usize>)>);
+
+impl Pages {
+    /// Lets the pages go that were brought in. They come back when they are used.
+    pub(crate) fn let_go(&self) {
+        self.0.iter().for_each(|(mapping, range)| mapping.let_go(range.clone()));
+    }
 }
 
 struct Located {
@@ -56,23 +83,32 @@ impl Checkpoint {
     /// Maps the weights of a model folder: `model.safetensors`, or else the shards that
     /// `model.safetensors.index.json` names. Reads headers and row scales only.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
+        Self::open_reading(folder, Read::Scales)
+    }
+
+    /// As [`Checkpoint::open`], of headers alone: for questions of size. Its weights are not to be computed with.
+    pub fn open_headers(folder: &Path) -> Result<Self, WeightsError> {
+        Self::open_reading(folder, Read::Nothing)
+    }
+
+    fn open_reading(folder: &Path, read: Read) -> Result<Self, WeightsError> {
         let single = folder.join(SINGLE);
         if single.exists() {
-            return Self::open_files(folder, vec![single])?.join_quantised();
+            return Self::open_files(folder, vec![single])?.join_quantised(read);
         }
         let index = folder.join(INDEX);
         if !index.exists() {
             return Err(WeightsError::NoWeights { folder: folder.to_owned() });
         }
-        Self::open_index(folder, &index)
+        Self::open_index(folder, &index, read)
     }
 
     /// Maps one safetensors file.
     pub fn open_file(path: &Path) -> Result<Self, WeightsError> {
-        Self::open_files(path.parent().unwrap_or(Path::new("")), vec![path.to_owned()])?.join_quantised()
+        Self::open_files(path.parent().unwrap_or(Path::new("")), vec![path.to_owned()])?.join_quantised(Read::Scales)
     }
 
-    fn open_index(folder: &Path, index: &Path) -> Result<Self, WeightsError> {
+    fn open_index(folder: &Path, index: &Path, read: Read) -> Result<Self, WeightsError> {
         let text = read_text(index, INDEX_LIMIT)?;
         let Index { weight_map: Pairs(pairs) } = serde_json::from_slice(&text)
             .map_err(|e| WeightsError::Index { file: index.to_owned(), reason: e.to_string() })?;
@@ -117,39 +153,41 @@ impl Checkpoint {
                 reason: "the index does not name it",
             });
         }
-        checkpoint.join_quantised()
+        checkpoint.join_quantised(read)
     }
 
     fn open_files(folder: &Path, paths: Vec<PathBuf>) -> Result<Self, WeightsError> {
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors: BTreeMap<String, Located> = BTreeMap::new();
         for path in paths {
-            let bytes: Bytes = Mapping::open(&path)?;
-            for entry in header::read(&path, (*bytes).as_ref())? {
+            let mapping = Mapping::open(&path)?;
+            for entry in header::read(&path, (*mapping).as_ref())? {
                 if tensors.contains_key(&entry.name) {
                     let reason = "another shard holds it too";
                     return Err(WeightsError::ShardMismatch { file: path, tensor: entry.name, reason });
                 }
                 tensors.insert(entry.name.clone(), Located { file: files.len(), entry, scales: None });
             }
-            files.push(File { path, bytes });
+            files.push(File { path, mapping });
         }
         Ok(Checkpoint { folder: folder.to_owned(), files, tensors })
     }
 
     /// Puts the tensors that a quantised weight is stored as together.
-    fn join_quantised(mut self) -> Result<Self, WeightsError> {
+    fn join_quantised(mut self, read: Read) -> Result<Self, WeightsError> {
         for quantisation::Packed { entry, parts: [codes, shape] } in quantisation::packed(&self)? {
             self.tensors.remove(&shape);
             if let Some(Located { file, .. }) = self.tensors.remove(&codes) {
                 self.tensors.insert(entry.name.clone(), Located { file, entry, scales: None });
             }
         }
-        for (name, scales) in quantisation::pair_scales(&self)? {
+        for (name, scales) in quantisation::pair_scales(&self, read)? {
             if let Some(weight) = self.tensors.get_mut(&name) {
                 weight.scales = Some(scales);
             }
         }
+        // Pages that were read for a look come with many neighbours; parts that are never used would keep them.
+        self.files.iter().for_each(|file| file.mapping.let_go(0..file.bytes().len()));
         Ok(self)
     }
 
@@ -165,7 +203,7 @@ impl Checkpoint {
 
     /// Bytes of address space that the mappings take. Memory is taken page by page, when a weight is first used.
     pub fn mapped_bytes(&self) -> usize {
-        self.files.iter().map(|f| (*f.bytes).as_ref().len()).sum()
+        self.files.iter().map(|f| f.bytes().len()).sum()
     }
 
     /// Every tensor's name, sorted.
@@ -183,6 +221,15 @@ impl Checkpoint {
         self.tensors.range(prefix.to_owned()..).next().is_some_and(|(name, _)| name.starts_with(prefix))
     }
 
+    /// The pages of the tensors whose names start with `prefix`.
+    pub(crate) fn pages(&self, prefix: &str) -> Pages {
+        let under = self.tensors.range(prefix.to_owned()..).take_while(|(name, _)| name.starts_with(prefix));
+        let pages = under.map(|(_, Located { file, entry, .. })| {
+            (self.files[*file].mapping.clone(), entry.start..entry.start + entry.len)
+        });
+        Pages(pages.collect())
+    }
+
     /// The file that holds a tensor, or the folder where there is no such tensor.
     pub fn file_of(&self, name: &str) -> &Path {
         self.tensors.get(name).map_or(&self.folder, |t| &self.files[t.file].path)
@@ -192,14 +239,14 @@ impl Checkpoint {
     pub fn raw(&self, name: &str) -> Result<Raw<'_>, WeightsError> {
         let Located { file, entry, .. } = self.located(name)?;
         // The header check has shown that the range lies in the file.
-        let bytes = &(*self.files[*file].bytes).as_ref()[entry.start..entry.start + entry.len];
+        let bytes = &self.files[*file].bytes()[entry.start..entry.start + entry.len];
         Ok(Raw { dtype: &entry.dtype, shape: &entry.shape, bytes })
     }
 
     /// A weight as a view of the mapping.
     pub fn tensor(&self, name: &str) -> Result<HostTensor, WeightsError> {
         let Located { file, entry, scales } = self.located(name)?;
-        let File { path, bytes } = &self.files[*file];
+        let File { path, mapping } = &self.files[*file];
         let dtype = match entry.dtype.as_str() {
             "F32" => DType::F32,
             "F16" => DType::F16,
@@ -214,7 +261,7 @@ impl Checkpoint {
                 });
             }
         };
-        HostTensor::new(bytes.clone(), entry.start, entry.len, dtype, entry.shape.clone(), scales.clone()).map_err(
+        HostTensor::new(mapping.clone(), entry.start, entry.len, dtype, entry.shape.clone(), scales.clone()).map_err(
             |source| match source {
                 TensorError::Misaligned { dtype } => {
                     WeightsError::Misaligned { file: path.clone(), tensor: name.to_owned(), dtype: dtype.to_string() }
@@ -241,7 +288,7 @@ impl Checkpoint {
         let Some(Located { file, entry, .. }) = self.tensors.get(name) else {
             return Err(ScaleError::Bytes(dtype));
         };
-        Scales::groups(self.files[*file].bytes.clone(), entry.start, dtype, group, rows, per_row)
+        Scales::groups(self.files[*file].mapping.clone(), entry.start, dtype, group, rows, per_row)
     }
 
     fn located(&self, name: &str) -> Result<&Located, WeightsError> {

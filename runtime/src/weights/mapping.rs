@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata};
 use std::io::Read;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -10,7 +11,7 @@ use memmap2::Mmap;
 use super::WeightsError;
 
 /// A whole file, mapped read-only: touching a byte brings in its page, nothing is copied.
-pub(super) struct Mapping(Mmap);
+pub(crate) struct Mapping(Mmap);
 
 impl Mapping {
     /// Maps a plain file that is not empty. Threads that open the same model share the mapping: the system counts the
@@ -42,6 +43,22 @@ impl Mapping {
         // stop this one (SIGBUS); models are installed by replacing files, never by writing into them.
         let map = unsafe { Mmap::map(file) }.map_err(io)?;
         Ok(Mapping(map))
+    }
+
+    /// Lets go of the pages that `range` touches. They are read from the file again when they are used.
+    pub(super) fn let_go(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            // SAFETY: the mapping is read-only and of a file, so a page that comes back holds what it held. The range lies in
+            // the mapping, as every tensor's does.
+            let advised =
+                unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+            if let Err(error) = advised {
+                log::debug!("pages stay where they are: {error}");
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

@@ -13,6 +13,7 @@ mod quantisation;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use checkpoint::Pages;
 pub use checkpoint::{Checkpoint, Raw};
 pub use error::WeightsError;
 pub use inventory::{Inventory, Part};

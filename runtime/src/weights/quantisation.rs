@@ -8,6 +8,7 @@ use candor_kernels::{DType, Scales};
 use half::{bf16, f16};
 use serde_json::Value;
 
+use super::checkpoint::Read;
 use super::header::Entry;
 use super::{Checkpoint, Raw, WeightsError};
 
@@ -73,8 +74,8 @@ fn is_quantised(checkpoint: &Checkpoint, weight: &str) -> bool {
     checkpoint.raw(weight).is_ok_and(|raw| raw.dtype == "I8" || raw.dtype == FOUR_BITS)
 }
 
-/// Every quantised weight's name with its scales, checked.
-pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<(String, Scales)>, WeightsError> {
+/// Every quantised weight's name with its scales, checked if they are read.
+pub(super) fn pair_scales(checkpoint: &Checkpoint, read: Read) -> Result<Vec<(String, Scales)>, WeightsError> {
     let mut pairs = Vec::new();
     for name in checkpoint.names() {
         let file = || checkpoint.file_of(name).to_owned();
@@ -86,7 +87,7 @@ pub(super) fn pair_scales(checkpoint: &Checkpoint) -> Result<Vec<(String, Scales
             let shape = checkpoint.raw(name)?.shape;
             let rows = shape.first().copied().unwrap_or(1);
             let columns = shape.get(1..).map_or(1, |rest| rest.iter().product());
-            pairs.push((name.to_owned(), read_scales(checkpoint, &scale, rows, columns)?));
+            pairs.push((name.to_owned(), read_scales(checkpoint, &scale, rows, columns, read)?));
         } else if let Some(weight) = name.strip_suffix(SCALE)
             && weight.ends_with(".weight")
             && !is_quantised(checkpoint, weight)
@@ -105,7 +106,13 @@ pub(super) fn is_scale(checkpoint: &Checkpoint, name: &str) -> bool {
 
 /// The scales of a weight `[rows, columns]`: one a row, which are copied as f32, or one for each group of a size that the
 /// number of scales tells, which stay where they are.
-fn read_scales(checkpoint: &Checkpoint, tensor: &str, rows: usize, columns: usize) -> Result<Scales, WeightsError> {
+fn read_scales(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    rows: usize,
+    columns: usize,
+    read: Read,
+) -> Result<Scales, WeightsError> {
     let file = || checkpoint.file_of(tensor).to_owned();
     let raw = checkpoint.raw(tensor)?;
     let refuse = || {
@@ -132,6 +139,7 @@ fn read_scales(checkpoint: &Checkpoint, tensor: &str, rows: usize, columns: usiz
     let group = GROUPS.into_iter().find(|&group| columns.div_ceil(group) == per_row);
     let scales = match group {
         // A weight of one group a row is one with a scale a row.
+        _ if per_row == 1 && read == Read::Nothing => Scales::rows(vec![1.0; rows]),
         _ if per_row == 1 => {
             let values: Vec<f32> = numbers(raw.bytes, dtype).collect();
             Scales::rows(values)
@@ -148,6 +156,9 @@ fn read_scales(checkpoint: &Checkpoint, tensor: &str, rows: usize, columns: usiz
         },
         None => return refuse(),
     };
+    if read == Read::Nothing {
+        return Ok(scales);
+    }
     // A group of tiny weights may have a scale that f16 rounds to zero.
     let sound = |value: f32| value.is_finite() && (value > 0.0 || value == 0.0 && per_row > 1);
     if let Some((at, value)) = numbers(raw.bytes, dtype).enumerate().find(|&(_, value)| !sound(value)) {

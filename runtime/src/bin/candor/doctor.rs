@@ -12,7 +12,7 @@ use candor::watch::{WatchSettings, Watcher};
 use candor_kernels::cpu::{CpuDevice, KernelReport, measure_read_bandwidth};
 use serde::Serialize;
 
-use crate::{folders, machine};
+use crate::{folders, machine, plan};
 
 /// Larger than the caches of the processors this runs on.
 const ROOF_BYTES: u64 = 256 << 20;
@@ -147,7 +147,7 @@ fn examine(arguments: &Doctor) -> Report {
     let folder = found.keep(folders::model(arguments.model.clone()));
     let model = folder.as_deref().and_then(|folder| check(folder, &mut found));
     let verifier = match &folder {
-        Some(folder) => found.keep(verifier_of(folder, arguments.verifier.clone())),
+        Some(folder) => found.keep(plan::verifier(folder, arguments.verifier.clone())),
         None => None,
     };
     let checked = verifier.as_deref().and_then(|folder| check(folder, &mut found));
@@ -227,14 +227,6 @@ fn media(found: &mut Findings) -> Option<Installed> {
         ));
     }
     Some(installed)
-}
-
-/// The verifier that `candor watch` would take.
-fn verifier_of(model: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
-    match (&named, Manifest::open(model)?.verifier_folder()) {
-        (None, Some(folder)) => Ok(folder),
-        _ => folders::verifier(named),
-    }
 }
 
 /// What a folder says of itself, and whether its files are those that it lists.

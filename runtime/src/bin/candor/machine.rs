@@ -67,14 +67,35 @@ pub(crate) fn memory_limit() -> Option<u64> {
     limits("memory.max").filter_map(|text| text.trim().parse().ok()).min()
 }
 
-/// A file of the process's control group (version 2) and of those above it.
+/// How many bytes this process can still take: what the system has available, or what its control group leaves of its
+/// limit where that is less. `None` where the system does not say.
+pub(crate) fn memory_available() -> Option<u64> {
+    let rooms = control_groups().into_iter().filter_map(|group| {
+        let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+        room(&read("memory.max")?, &read("memory.current")?, &read("memory.stat")?)
+    });
+    rooms.chain(memory("MemAvailable")).min()
+}
+
+/// What a control group leaves of its limit, pages of files that nobody used for a while among it: the system drops them
+/// first.
+fn room(limit: &str, used: &str, stat: &str) -> Option<u64> {
+    let [limit, used] = [limit, used].map(|number| number.trim().parse::<u64>().ok());
+    let droppable = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse().ok());
+    Some(limit?.saturating_sub(used?.saturating_sub(droppable.unwrap_or(0))))
+}
+
+/// A file of the process's control group and of those above it.
 fn limits(file: &'static str) -> impl Iterator<Item = String> {
+    control_groups().into_iter().filter_map(move |folder| fs::read_to_string(folder.join(file)).ok())
+}
+
+/// Folders of the process's control group (version 2) and of those above it.
+fn control_groups() -> Vec<PathBuf> {
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let own = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").trim_start_matches('/');
     let root = Path::new("/sys/fs/cgroup");
-    let folders: Vec<PathBuf> =
-        root.join(own).ancestors().take_while(|folder| folder.starts_with(root)).map(Path::to_path_buf).collect();
-    folders.into_iter().filter_map(move |folder| fs::read_to_string(folder.join(file)).ok())
+    root.join(own).ancestors().take_while(|folder| folder.starts_with(root)).map(Path::to_path_buf).collect()
 }
 
 #[cfg(test)]
@@ -100,6 +121,14 @@ mod tests {
         assert_eq!(quota("150000 100000\n"), Some(1.5));
         assert_eq!(quota("max 100000\n"), None);
         assert_eq!(quota("1 0"), None);
+    }
+
+    #[test]
+    fn what_a_control_group_leaves() {
+        assert_eq!(room("1000\n", "700\n", "anon 5\ninactive_file 200\n"), Some(500));
+        assert_eq!(room("1000\n", "1700\n", "inactive_file 200\n"), Some(0));
+        assert_eq!(room("1000\n", "100\n", ""), Some(900));
+        assert_eq!(room("max\n", "700\n", "inactive_file 200\n"), None);
     }
 
     #[test]

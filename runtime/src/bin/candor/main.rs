@@ -7,6 +7,7 @@ mod folders;
 mod machine;
 mod memory;
 mod model;
+mod plan;
 mod terminal;
 mod trace;
 mod verify;
@@ -36,6 +37,7 @@ enum Command {
     /// Check or list the files of a model.
     Model(model::ModelArgs),
     Trace(trace::Trace),
+    Plan(plan::PlanArgs),
     Bench(bench::Bench),
     Doctor(doctor::Doctor),
 }
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Model(args) => model::run(args),
         Command::Trace(args) => trace::run(&args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -6,17 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use candor::manifest::Manifest;
 use candor::media::{Source, SourceOptions, Windows};
 use candor::message::say;
 use candor::observation::Observation;
 use candor::text::{HeadRows, Sampling};
-use candor::watch::{Policy, Report, Reuse, WatchSettings, Watcher};
+use candor::watch::{Pictures, Plan, Policy, Report, Reuse, WatchSettings, Watcher};
 use candor_kernels::cpu::CpuDevice;
 use clap::Args;
 
-use crate::folders;
-use crate::terminal;
+use crate::{folders, machine, plan, terminal};
 
 /// Exit status of a program that an interrupt ended.
 const INTERRUPTED: i32 = 130;
@@ -72,15 +70,19 @@ pub(crate) struct WatchArgs {
     /// Threads; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
+    /// Go on where `candor plan` says that there is too little memory.
+    #[arg(long)]
+    ignore_memory: bool,
 }
 
 pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let stop = stop_on_interrupt()?;
     let folder = folders::model(args.model.clone())?;
-    let verifier = match &args.verifier {
-        None if Manifest::open(&folder)?.model.verifier.is_some() => None,
-        named => Some(folders::verifier(named.clone())?),
-    };
+    let verifier = plan::verifier(&folder, args.verifier.clone())?;
+    let device = CpuDevice::new(args.threads);
+    if !args.ignore_memory {
+        Plan::new(&folder, &verifier, device.clone(), Pictures::default())?.check(machine::memory_available())?;
+    }
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let settings = WatchSettings {
         policy: args.policy,
@@ -90,7 +92,7 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
         steady: args.steady,
         head_rows: args.head_rows,
     };
-    let mut watcher = Watcher::open(&folder, verifier.as_deref(), CpuDevice::new(args.threads), settings)?;
+    let mut watcher = Watcher::open(&folder, Some(&verifier), device, settings)?;
     if let Some(adapter) = &args.adapter {
         watcher.adapt(adapter)?;
     }

@@ -21,6 +21,8 @@ pub(super) struct Report {
     /// How fast f32 were multiplied and added.
     pub(super) compute_roof_gflop_s: f64,
     pub(super) peak_rss_mb: Option<f64>,
+    /// What it was to be, before anything was loaded.
+    pub(super) planned_mb: f64,
 }
 
 /// What a run of a stage makes.

@@ -10,17 +10,18 @@ mod print;
 mod stages;
 mod work;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use candor::manifest::Manifest;
 use candor::message::say;
-use candor::model::Model;
+use candor::model::{Classifier, Model};
+use candor::watch::Plan;
 use candor_kernels::Device;
-use candor_kernels::cpu::{CpuDevice, measure_arithmetic, measure_read_bandwidth};
+use candor_kernels::cpu::{CpuDevice, PlanDevice, measure_arithmetic, measure_read_bandwidth};
 use clap::ValueEnum;
 
-use crate::{folders, memory};
+use crate::{folders, machine, memory};
 use figures::{Figures, Measured, Report, Times};
 use stages::{Decoding, Prompt, SentenceReader, Window};
 use work::{Bytes, Work};
@@ -58,6 +59,9 @@ pub(crate) struct Bench {
     /// Print one JSON object, with the time of every single run.
     #[arg(long)]
     json: bool,
+    /// Go on where there is too little memory for the stages.
+    #[arg(long)]
+    ignore_memory: bool,
 }
 
 /// What is timed on its own.
@@ -95,15 +99,22 @@ fn measure(arguments: &Bench) -> Result<Report> {
     let device = CpuDevice::new(arguments.threads.map(usize::from));
     let repeat = arguments.repeat as usize;
 
+    let verifier = arguments.verifier.clone().or_else(|| manifest.verifier_folder());
+    let verifier = verifier.filter(|_| arguments.needs_verifier());
+    let plan = arguments.plan(&folder, verifier.as_deref(), &device)?;
+    if !arguments.ignore_memory {
+        plan.check(machine::memory_available())?;
+    }
+
     let mut opening = Times::default();
     let mut model = opening.time(|| Model::open(&folder, device.clone()))?;
     // Where one stage alone is asked for, the time to open the model is no matter.
     for _ in 1..if arguments.stages.is_empty() { repeat } else { 1 } {
         model = opening.time(|| Model::open(&folder, device.clone()))?;
     }
-    let mut verifier = match arguments.verifier.clone().or_else(|| manifest.verifier_folder()) {
-        Some(folder) if arguments.needs_verifier() => Some(SentenceReader::open(&folder, &device)?),
-        _ => None,
+    let mut verifier = match &verifier {
+        Some(folder) => Some(SentenceReader::new(folder, Classifier::open(folder, device.clone())?)?),
+        None => None,
     };
     let stages = arguments.choose(model.config().audio.is_some(), verifier.is_some())?;
     let bytes = Bytes::read(&folder, model.config())?;
@@ -124,6 +135,7 @@ fn measure(arguments: &Bench) -> Result<Report> {
         read_roof_gb_s: measure_read_bandwidth(device.pool(), ROOF_BYTES),
         compute_roof_gflop_s: measure_arithmetic(device.pool()),
         peak_rss_mb,
+        planned_mb: plan.total() as f64 / 1e6,
     };
     report.hold_against_roofs();
     Ok(report)
@@ -132,6 +144,20 @@ fn measure(arguments: &Bench) -> Result<Report> {
 impl Bench {
     fn needs_verifier(&self) -> bool {
         self.stages.is_empty() || self.stages.iter().any(|stage| matches!(stage, Stage::Verifier | Stage::Window))
+    }
+
+    /// What the stages take of memory: each is run once on paper.
+    fn plan(&self, folder: &Path, verifier: Option<&Path>, device: &CpuDevice) -> Result<Plan> {
+        let device = PlanDevice::new(device.clone());
+        let mut model = Model::open_headers(folder, device.clone())?;
+        let mut verifier = match verifier {
+            Some(folder) => Some(SentenceReader::new(folder, Classifier::open_headers(folder, device.clone())?)?),
+            None => None,
+        };
+        for stage in self.choose(model.config().audio.is_some(), verifier.is_some())? {
+            stage.run_once(self, &mut model, verifier.as_mut())?;
+        }
+        Ok(Plan::of_device(&device, model.host_bytes()))
     }
 
     /// The stages asked for; else all that there are.
@@ -155,11 +181,54 @@ impl Bench {
 }
 
 impl Stage {
+    /// What [`Stage::measure`] runs, once.
+    fn run_once<D: Device>(
+        self,
+        arguments: &Bench,
+        model: &mut Model<D>,
+        verifier: Option<&mut SentenceReader<D>>,
+    ) -> Result<()> {
+        // The second token shows all that writing takes.
+        const TOKENS: usize = 2;
+        let tokens = arguments.tokens as usize;
+        let window_prompt = stages::window_prompt(model.config());
+        match self {
+            Stage::Vision => Window::new(model)?.see(model),
+            Stage::Projector => {
+                let mut window = Window::new(model)?;
+                window.see(model)?;
+                window.project(model)
+            }
+            Stage::Audio => {
+                let Some(audio) = model.config().audio.clone() else { return Ok(()) };
+                stages::Sound::new(model, &audio)?.hear(model)
+            }
+            Stage::Prefill if arguments.prompt.is_empty() => Prompt::window(model)?.read(),
+            Stage::Prefill => {
+                arguments.prompt.iter().try_for_each(|&length| Prompt::text(model, length as usize)?.read())
+            }
+            Stage::Decode => {
+                let positions = arguments.positions.map_or(window_prompt, |positions| positions as usize);
+                Decoding::new(model, positions, tokens)?.write_some(TOKENS)
+            }
+            Stage::Verifier => verifier.map_or(Ok(()), SentenceReader::read),
+            Stage::Window => {
+                let mut window = Window::new(model)?;
+                let mut decoding = Decoding::empty(model, window_prompt, tokens)?;
+                window.see(model)?;
+                window.project(model)?;
+                decoding.start(&window)?;
+                decoding.write_some(TOKENS)?;
+                verifier.map_or(Ok(()), SentenceReader::read)
+            }
+        }
+    }
+
     fn measure(
         self,
         arguments: &Bench,
         model: &mut Model<CpuDevice>,
-        verifier: Option<&mut SentenceReader>,
+        verifier: Option<&mut SentenceReader<CpuDevice>>,
         bytes: &Bytes,
         measured: &mut Vec<Measured>,
     ) -> Result<()> {

@@ -6,7 +6,6 @@ use anyhow::{Result, bail};
 use candor::model::config::{AudioConfig, ClassifierConfig, ModelConfig};
 use candor::model::{Classifier, LanguageModel, Model, Piece, Rows, Session};
 use candor_kernels::Device;
-use candor_kernels::cpu::CpuDevice;
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -165,7 +164,12 @@ impl<D: Device> Decoding<D> {
     }
 
     pub(super) fn write(&mut self) -> Result<()> {
-        for id in &self.written {
+        self.write_some(usize::MAX)
+    }
+
+    /// At most `count` of the tokens.
+    pub(super) fn write_some(&mut self, count: usize) -> Result<()> {
+        for id in self.written.iter().take(count) {
             self.session.append(std::slice::from_ref(id))?;
         }
         Ok(())
@@ -190,17 +194,17 @@ fn session<D: Device>(model: &Model<D>, positions: usize, tokens: usize) -> Resu
 }
 
 /// The verifier and the sentences it is given.
-pub(super) struct SentenceReader {
+pub(super) struct SentenceReader<D: Device> {
     config: ClassifierConfig,
-    classifier: Classifier<CpuDevice>,
+    classifier: Classifier<D>,
     sentences: Vec<Vec<u32>>,
     bytes: f64,
 }
 
-impl SentenceReader {
-    pub(super) fn open(folder: &Path, device: &CpuDevice) -> Result<Self> {
+impl<D: Device> SentenceReader<D> {
+    /// `classifier` is of `folder`.
+    pub(super) fn new(folder: &Path, classifier: Classifier<D>) -> Result<Self> {
         let config = ClassifierConfig::read(folder)?;
-        let classifier = Classifier::open(folder, device.clone())?;
         let mut random = ChaCha8Rng::seed_from_u64(SEED);
         let length = SENTENCE_TOKENS.min(classifier.capacity());
         let sentences = (0..SENTENCES).map(|_| random_ids(&mut random, length, config.encoder.vocabulary)).collect();
