@@ -1,9 +1,16 @@
 //! Operations on channels-last pictures and volumes: unfold, depthwise convolution, bilinear resize.
 
 use crate::cpu::elementwise::{GRAIN, chunk_rows};
+use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::{Level, Operation, Simd};
 use crate::device::Unfold;
+use std::cell::Cell;
+
+thread_local! {
+    /// A depthwise kernel by tap.
+    static TAPS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// Columns of a convolution; `output` is the unfold's checked output size.
 pub(crate) fn unfold(pool: &ThreadPool, x: &[f32], unfold: Unfold, output: [usize; 3], out: &mut [f32]) {
@@ -54,27 +61,32 @@ pub(crate) fn depthwise3x3(
         return;
     }
     let channels = weight.len() / 9;
-    // By tap, so that the channels of a tap are contiguous as those of a pixel are.
-    let taps: Vec<f32> = (0..9).flat_map(|tap| weight.iter().skip(tap).step_by(9)).copied().collect();
     let line = width * channels;
     let lines = (GRAIN / 8 / line).max(1);
-    pool.run_chunks(out, lines * line, |index, piece| {
-        for (l, out) in piece.chunks_exact_mut(line).enumerate() {
-            let (frame, h) = ((index * lines + l) / height, (index * lines + l) % height);
-            for (w, out) in out.chunks_exact_mut(channels).enumerate() {
-                match bias {
-                    Some(bias) => out.copy_from_slice(bias),
-                    None => out.fill(0.0),
-                }
-                for tap in 0..9 {
-                    let (from_h, from_w) = ((h + tap / 3).wrapping_sub(1), (w + tap % 3).wrapping_sub(1));
-                    if from_h < height && from_w < width {
-                        let x = &x[((frame * height + from_h) * width + from_w) * channels..][..channels];
-                        level.run(AddProduct { out, x, factor: &taps[tap * channels..][..channels] });
+    // By tap, so that the channels of a tap are contiguous as those of a pixel are.
+    with_panels(&TAPS, 9 * channels, |taps| {
+        for (tap, taps) in taps.chunks_exact_mut(channels).enumerate() {
+            taps.iter_mut().zip(weight.iter().skip(tap).step_by(9)).for_each(|(to, from)| *to = *from);
+        }
+        let taps = &*taps;
+        pool.run_chunks(out, lines * line, |index, piece| {
+            for (l, out) in piece.chunks_exact_mut(line).enumerate() {
+                let (frame, h) = ((index * lines + l) / height, (index * lines + l) % height);
+                for (w, out) in out.chunks_exact_mut(channels).enumerate() {
+                    match bias {
+                        Some(bias) => out.copy_from_slice(bias),
+                        None => out.fill(0.0),
+                    }
+                    for tap in 0..9 {
+                        let (from_h, from_w) = ((h + tap / 3).wrapping_sub(1), (w + tap % 3).wrapping_sub(1));
+                        if from_h < height && from_w < width {
+                            let x = &x[((frame * height + from_h) * width + from_w) * channels..][..channels];
+                            level.run(AddProduct { out, x, factor: &taps[tap * channels..][..channels] });
+                        }
                     }
                 }
             }
-        }
+        });
     });
 }
 
@@ -93,16 +105,12 @@ impl Operation for AddProduct<'_> {
     }
 }
 
-/// The two source positions of each target position on an axis and the share of the second, as in torch.
-fn sources(from: usize, to: usize) -> Vec<(usize, usize, f32)> {
+/// The two source positions of target position `i` on an axis and the share of the second, as in torch.
+fn source(from: usize, to: usize, i: usize) -> (usize, usize, f32) {
     let step = from as f32 / to as f32;
-    (0..to)
-        .map(|i| {
-            let position = (step * (i as f32 + 0.5) - 0.5).max(0.0);
-            let first = (position as usize).min(from - 1);
-            (first, (first + 1).min(from - 1), position - first as f32)
-        })
-        .collect()
+    let position = (step * (i as f32 + 0.5) - 0.5).max(0.0);
+    let first = (position as usize).min(from - 1);
+    (first, (first + 1).min(from - 1), position - first as f32)
 }
 
 /// Bilinear resize of `[frames, from.0, from.1, channels]` to `[frames, to.0, to.1, channels]`; `from` is not empty.
@@ -118,11 +126,11 @@ pub(crate) fn bilinear(
     if out.is_empty() {
         return;
     }
-    let (rows, columns) = (sources(from.0, to.0), sources(from.1, to.1));
     pool.run_chunks(out, to.1 * channels, |line, out| {
         let frame = &x[line / to.0 * from.0 * from.1 * channels..];
-        let (top, bottom, down) = rows[line % to.0];
-        for (out, &(left, right, across)) in out.chunks_exact_mut(channels).zip(&columns) {
+        let (top, bottom, down) = source(from.0, to.0, line % to.0);
+        for (column, out) in out.chunks_exact_mut(channels).enumerate() {
+            let (left, right, across) = source(from.1, to.1, column);
             let pixel = |row: usize, column: usize| &frame[(row * from.1 + column) * channels..][..channels];
             level.run(Blend {
                 corners: [pixel(top, left), pixel(top, right), pixel(bottom, left), pixel(bottom, right)],

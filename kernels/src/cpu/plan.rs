@@ -19,8 +19,8 @@ use crate::tensor::HostTensor;
 const BLOCK: usize = 64 << 10;
 
 /// Bytes that a row of activations takes as bytes, for each of its elements: codes, and for each 128 of them a scale and
-/// four sums.
-const QUANTISED_ELEMENT: f64 = 1.0 + (4.0 + 16.0) / 128.0;
+/// seven sums.
+const QUANTISED_ELEMENT: f64 = 1.0 + (4.0 + 28.0) / 128.0;
 
 /// The CPU device on paper; clones count together.
 #[derive(Clone, Debug)]

@@ -18,7 +18,9 @@ pub struct Gate<D: Device> {
     inner: D::Buffer,
     logits: D::Buffer,
     weights: D::Buffer,
-    last: Option<(Vec<u32>, [f32; BRANCHES])>,
+    /// Its ids, and the answer if it is known.
+    last_ids: Vec<u32>,
+    last: Option<[f32; BRANCHES]>,
     /// Instructions read.
     pub(super) runs: u64,
 }
@@ -41,6 +43,7 @@ impl<D: Device> Gate<D> {
             inner: allocate(device, &[inner])?,
             logits: allocate(device, &[BRANCHES])?,
             weights: allocate(device, &[BRANCHES])?,
+            last_ids: Vec::new(),
             last: None,
             runs: 0,
         })
@@ -53,12 +56,11 @@ impl<D: Device> Gate<D> {
 
     /// Word-piece ids of the instruction, `[CLS]` first → weights of video, body and face, summing to 1.
     pub(super) fn forward(&mut self, device: &D, ids: &[u32]) -> Result<[f32; BRANCHES], ModelError> {
-        if let Some((of, weights)) = &self.last
-            && of == ids
-        {
-            return Ok(*weights);
+        if let Some(weights) = self.last.filter(|_| self.last_ids == ids) {
+            return Ok(weights);
         }
         self.runs += 1;
+        self.last = None;
         let states = self.bert.forward(device, ids)?;
         let [first, second] = &self.layers;
         first.forward(device, states, 1, Activation::Gelu, &mut self.inner)?;
@@ -66,7 +68,9 @@ impl<D: Device> Gate<D> {
         device.softmax(&self.logits, 1, BRANCHES, &mut self.weights)?;
         let mut weights = [0.0; BRANCHES];
         device.read(&self.weights, 0, &mut weights)?;
-        self.last = Some((ids.to_vec(), weights));
+        self.last_ids.clear();
+        self.last_ids.extend_from_slice(ids);
+        self.last = Some(weights);
         Ok(weights)
     }
 }

@@ -274,3 +274,58 @@ fn tokenizer_bytes(folder: &Path) -> u64 {
         json => json,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn models() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
+    }
+
+    fn plan(pictures: Pictures) -> Plan {
+        let device = CpuDevice::new(Some(2));
+        Plan::new(&models().join("default"), &models().join("default-verifier"), device, pictures).unwrap()
+    }
+
+    #[test]
+    fn too_little_memory_is_refused_with_what_is_missing() {
+        let plan = plan(Pictures::default());
+        let need = plan.total();
+        assert!(plan.check(None).is_ok(), "nobody knows");
+        assert!(plan.check(Some(need)).is_ok());
+        let error = plan.check(Some(need - 20_000_000)).unwrap_err();
+        assert!(matches!(error, PlanError::Short { available, .. } if available == need - 20_000_000));
+        let text = error.to_string();
+        let need = format!("{:.0} MB of memory are needed", megabytes(need));
+        for said in [need.as_str(), "20 MB too few", "candor-tools quantize", "--ignore-memory"] {
+            assert!(text.contains(said), "{said:?} is not in {text:?}");
+        }
+    }
+
+    #[test]
+    fn parts_are_of_the_size_of_their_files_and_pictures() {
+        let plan = plan(Pictures { width: 640, height: 360, rate: 24.0 });
+        let part = |name: &str| plan.parts.iter().find(|part| part.name == name).unwrap().held;
+        let file = |name: &str| fs::metadata(models().join(name).join("model.safetensors")).unwrap().len();
+        let of_model: u64 = ["vision", "projector", "decoder"].map(|name| part(name).mapped).iter().sum();
+        for (planned, stored) in [(of_model, file("default")), (part("verifier").mapped, file("default-verifier"))] {
+            // Row scales are copied, and the gate's weights are not kept; pages are larger than tensors.
+            assert!(planned.abs_diff(stored) < stored / 20, "{planned} of {stored}");
+        }
+        #[cfg(feature = "media")]
+        assert!(part("frames").owned > 49 * 640 * 360 * 3);
+        assert_eq!(plan.total(), plan.parts.iter().map(|part| part.held.total()).sum::<u64>());
+    }
+
+    #[test]
+    fn folders_that_are_no_models_are_errors() {
+        let device = CpuDevice::new(Some(1));
+        let error = Plan::new(&models().join("face"), &models().join("default-verifier"), device, Pictures::default());
+        assert!(matches!(error, Err(PlanError::Watch(WatchError::Model(_)))));
+    }
+}

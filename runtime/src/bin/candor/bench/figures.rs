@@ -176,6 +176,7 @@ mod tests {
             read_roof_gb_s: 8.0,
             compute_roof_gflop_s: 1.0,
             peak_rss_mb: None,
+            planned_mb: 0.0,
         };
         report.hold_against_roofs();
         assert_eq!(report.stages[0].read_roof_percent, Some(25.0));

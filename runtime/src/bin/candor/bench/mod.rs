@@ -203,10 +203,7 @@ impl Stage {
                 let Some(audio) = model.config().audio.clone() else { return Ok(()) };
                 stages::Sound::new(model, &audio)?.hear(model)
             }
-            Stage::Prefill if arguments.prompt.is_empty() => Prompt::window(model)?.read(),
-            Stage::Prefill => {
-                arguments.prompt.iter().try_for_each(|&length| Prompt::text(model, length as usize)?.read())
-            }
+            Stage::Prefill => prompts(arguments, model)?.iter_mut().try_for_each(Prompt::read),
             Stage::Decode => {
                 let positions = arguments.positions.map_or(window_prompt, |positions| positions as usize);
                 Decoding::new(model, positions, tokens)?.write_some(TOKENS)
@@ -260,12 +257,7 @@ impl Stage {
                 measured.push(times.measured("audio", Figures::of(stages::SOUND_S, "seconds"), work));
             }
             Stage::Prefill => {
-                let lengths = arguments.prompt.iter().map(|&length| Prompt::text(model, length as usize));
-                let prompts = match arguments.prompt.is_empty() {
-                    true => vec![Prompt::window(model)?],
-                    false => lengths.collect::<Result<_>>()?,
-                };
-                for mut prompt in prompts {
+                for mut prompt in prompts(arguments, model)? {
                     let times = Times::of(repeat, || prompt.read())?;
                     let work = work::prefill(&config.decoder, prompt.len(), bytes);
                     measured.push(times.measured("prefill", Figures::of(prompt.len(), "tokens"), work));
@@ -303,5 +295,13 @@ impl Stage {
             }
         }
         Ok(())
+    }
+}
+
+/// The prompts that prefill reads.
+fn prompts<D: Device>(arguments: &Bench, model: &Model<D>) -> Result<Vec<Prompt<D>>> {
+    match &arguments.prompt[..] {
+        [] => Ok(vec![Prompt::window(model)?]),
+        lengths => lengths.iter().map(|&length| Prompt::text(model, length as usize)).collect(),
     }
 }
