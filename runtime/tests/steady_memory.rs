@@ -1,6 +1,7 @@
 //! What is allocated once everything is warm. The numeric path allocates nothing: pictures through the vision tower, the
 //! gate and the projector, the prompt, tokens chosen under the grammar, and sentences through the verifier's network. A
-//! whole window allocates a bounded number of times, and holds no more memory after sixty windows than after ten.
+//! whole window allocates a bounded number of times but for the face detector, and no more memory is held after sixty
+//! windows than after the clip's first two showings.
 //!
 //! A test binary of its own: the allocator counts for the whole process, and nothing else may run in it.
 #![cfg(feature = "media")]
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 
 use candor::manifest::Manifest;
-use candor::media::{Source, SourceOptions, Window, Windows};
+use candor::media::{Fit, Source, SourceOptions, Window, Windows};
 use candor::model::{Classifier, LanguageModel, Model, Piece};
 use candor::text::{Grammar, Sampler, Sampling, Tokenizer};
 use candor::watch::{WatchSettings, Watcher};
@@ -53,13 +54,15 @@ static COUNTING: Counting = Counting;
 const WARM: usize = 10;
 const COUNTED: usize = 50;
 
-/// What a whole window may allocate beside the numeric path, counted generously (about half is seen):
-/// - the observation: its strings, faces, probabilities and sentences;
+/// What a whole window may allocate beside the numeric path where no faces are looked for (760 times are seen once every
+/// sentence was read before, and 1 300 until then):
+/// - the observation: its strings, probabilities and sentences;
 /// - the tokenizer crate: some tens for every sentence that the verifier has not read before;
-/// - the face detector crate: pyramids and lists of boxes for every frame;
 /// - label scoring: the tree of what the labels spell, and a list of tokens for every branch of its search;
-/// - the completion's text and tokens, and the cut and scaled picture of every frame.
-const A_WINDOW: u64 = 8000;
+/// - the completion's text and tokens, and the scaled picture of every frame.
+///
+/// The face detector crate makes pyramids and lists of boxes for every frame, some 20 000 times a window.
+const A_WINDOW: u64 = 2000;
 /// Bytes by which what is held may differ between two windows: sentences of another length, and those that the verifier
 /// remembers, some 250 bytes each.
 const SLACK: i64 = 64 << 10;
@@ -87,7 +90,8 @@ fn allocations(code: impl FnOnce()) -> u64 {
 #[test]
 fn the_steady_state() {
     the_numeric_path_allocates_nothing();
-    whole_windows_hold_no_more_and_allocate_little();
+    whole_windows_hold_no_more(Fit::Stretch, Some(A_WINDOW));
+    whole_windows_hold_no_more(Fit::Face, None);
 }
 
 fn the_numeric_path_allocates_nothing() {
@@ -160,9 +164,9 @@ fn the_numeric_path_allocates_nothing() {
     assert_eq!(counted, vec![0; COUNTED], "allocations of each window");
 }
 
-fn whole_windows_hold_no_more_and_allocate_little() {
-    let device = CpuDevice::new(Some(2));
-    let mut watcher = Watcher::open(&root().join("models/default"), None, device, WatchSettings::default());
+fn whole_windows_hold_no_more(fit: Fit, allocated: Option<u64>) {
+    let settings = WatchSettings { fit: Some(fit), ..WatchSettings::default() };
+    let mut watcher = Watcher::open(&root().join("models/default"), None, CpuDevice::new(Some(2)), settings);
     let watcher = watcher.as_mut().expect("the default model opens");
     let windows = windows(watcher);
     let mut live = Vec::with_capacity(WARM + COUNTED);
@@ -174,8 +178,8 @@ fn whole_windows_hold_no_more_and_allocate_little() {
         }
         live.push(LIVE.load(Relaxed));
     }
-    println!("{most} allocations in a window at most; bytes held: {live:?}");
-    assert!(most <= A_WINDOW, "{most} allocations in a window");
+    println!("{fit:?}: {most} allocations in a window at most; bytes held: {live:?}");
+    assert!(allocated.is_none_or(|bound| most <= bound), "{most} allocations in a window");
     // The clip begins anew: its second and its fourth showing are compared.
     let (early, late) = (live[windows.len()..2 * windows.len()].iter().max(), live[3 * windows.len()..].iter().max());
     let grown = late.zip(early).map(|(late, early)| late - early).expect("windows");

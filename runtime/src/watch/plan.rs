@@ -315,7 +315,7 @@ mod tests {
         let of_model: u64 = ["vision", "projector", "decoder"].map(|name| part(name).mapped).iter().sum();
         for (planned, stored) in [(of_model, file("default")), (part("verifier").mapped, file("default-verifier"))] {
             // Row scales are copied, and the gate's weights are not kept; pages are larger than tensors.
-            assert!(planned.abs_diff(stored) < stored / 20, "{planned} of {stored}");
+            assert!(planned.abs_diff(stored) < stored / 10, "{planned} of {stored}");
         }
         #[cfg(feature = "media")]
         assert!(part("frames").owned > 49 * 640 * 360 * 3);
