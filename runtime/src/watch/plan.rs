@@ -13,7 +13,9 @@ use candor_kernels::cpu::{CpuDevice, Held, PlanDevice};
 use super::watcher::{Rooms, WatchError, capacity};
 use crate::manifest::Manifest;
 use crate::media::resize::{Preprocess, Square};
-use crate::media::{Fit, Frame, WindowSettings};
+#[cfg(feature = "media")]
+use crate::media::WindowSettings;
+use crate::media::{Fit, Frame};
 use crate::model::{Classifier, LanguageModel, Model, ModelError, Piece};
 
 /// Text tokens of a prompt beside the instruction's: the chat template's.
@@ -239,6 +241,7 @@ impl Parts {
 
 impl Pictures {
     /// Bytes of the pictures that are held while a window fills, and on their way to it.
+    #[cfg(feature = "media")]
     fn held_bytes(&self, settings: &WindowSettings) -> u64 {
         let picture = (self.width * self.height * 3) as u64;
         let window = (settings.window_s * self.rate).ceil() as u64 + 1;
