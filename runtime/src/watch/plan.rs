@@ -12,9 +12,9 @@ use candor_kernels::cpu::{CpuDevice, Held, PlanDevice};
 
 use super::watcher::{Rooms, WatchError, capacity};
 use crate::manifest::Manifest;
-use crate::media::resize::{Preprocess, Square};
 #[cfg(feature = "media")]
 use crate::media::WindowSettings;
+use crate::media::resize::{Preprocess, Square};
 use crate::media::{Fit, Frame};
 use crate::model::{Classifier, LanguageModel, Model, ModelError, Piece};
 
