@@ -34,7 +34,7 @@ fn every_command_and_every_option_is_explained() {
     let help = candor(&["--help"]);
     assert!(help.status.success());
     let names = commands(&text(&help.stdout));
-    for expected in ["verify", "model", "trace", "bench", "doctor"] {
+    for expected in ["verify", "model", "trace", "plan", "bench", "doctor"] {
         assert!(names.iter().any(|name| name == expected), "{expected} is not among {names:?}");
     }
     assert_eq!(names.iter().any(|name| name == "watch"), cfg!(feature = "media"));

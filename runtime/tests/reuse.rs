@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candor::media::{Fit, Frame, Source, SourceOptions, Window, Windows};
+use candor::model::Model;
 use candor::text::{HeadRows, Sampling};
 use candor::watch::{Reuse, WatchSettings, Watcher, Work};
 use candor_kernels::cpu::CpuDevice;
@@ -200,4 +201,21 @@ fn steady_windows_share_frames() {
         assert!(saved(work.model.frames_encoded, all_work.model.frames_encoded, share));
         assert!(saved(work.model.frames_staged, all_work.model.frames_staged, share));
     }
+}
+
+#[test]
+fn frames_that_go_in_runs_have_the_same_states() {
+    let folder = root().join("models/default");
+    let mut model = Model::open(&folder, CpuDevice::new(Some(2))).expect("the default model opens");
+    let frame = 3 * model.config().vision.image.pow(2);
+    // More than one run takes, no two of them equal.
+    let pixels: Vec<f32> = (0..50 * frame).map(|i| ((i / frame) as f32 + 0.1 * (i % 97) as f32).sin()).collect();
+    let mut states = |pixels: &[f32]| {
+        let mut rows = model.rows().expect("no rows");
+        model.vision_features(pixels, &mut rows).expect("the vision tower");
+        rows.to_host(model.device()).expect("the states")
+    };
+    let together = states(&pixels);
+    let alone: Vec<f32> = pixels.chunks(10 * frame).flat_map(&mut states).collect();
+    assert!(together == alone);
 }
