@@ -174,7 +174,8 @@ pub trait Device: Clone + Send + Sync + 'static {
     ) -> Result<()>;
     /// Makes a stored weight usable. On the CPU this copies nothing.
     fn weight(&self, tensor: &HostTensor) -> Result<Self::Weight>;
-    /// Rows `first .. first + count` of a weight as a weight of their own, not copied.
+    /// Rows `first .. first + count` of a weight `[rows, in…]` as a weight `[count, in…]` of their own. Its values are not
+    /// copied. [`DeviceError::Argument`] where there are fewer rows.
     fn weight_rows(&self, weight: &Self::Weight, first: usize, count: usize) -> Result<Self::Weight>;
 
     /// `out[offset + i·width ..] = table[ids[i]]`; table `[rows, width]`.

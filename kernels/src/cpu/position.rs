@@ -10,9 +10,31 @@ use std::cell::Cell;
 thread_local! {
     /// A row of the position table.
     static POSITION: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    /// Frequencies of the pairs of a head, and their sines and cosines at a position.
-    static FREQUENCIES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Of the pairs of a head: the last that were asked for, as every layer asks for the same.
+    static FREQUENCIES: Cell<Frequencies> = Cell::default();
+    /// Sines and cosines of the pairs at a position.
     static ROTATIONS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+#[derive(Default)]
+struct Frequencies {
+    head_dim: usize,
+    theta: f32,
+    pairs: Vec<f32>,
+}
+
+impl Frequencies {
+    fn fill(&mut self, head_dim: usize, theta: f32) {
+        if (self.head_dim, self.theta.to_bits()) == (head_dim, theta.to_bits()) {
+            return;
+        }
+        (self.head_dim, self.theta) = (head_dim, theta);
+        self.pairs.clear();
+        self.pairs.extend((0..head_dim / 2).map(|i| {
+            let exponent = (2 * i) as f32 / head_dim as f32;
+            1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
+        }));
+    }
 }
 
 /// `out[i] = table[ids[i]]` for rows of `width`; ids lie within the table.
@@ -61,29 +83,25 @@ pub(crate) fn rope(pool: &ThreadPool, x: &mut [f32], heads: usize, head_dim: usi
     let half = head_dim / 2;
     let width = heads * head_dim;
     let rows = chunk_rows(pool, x.len() / width, width);
-    with_panels(&FREQUENCIES, half, |frequencies| {
-        for (i, frequency) in frequencies.iter_mut().enumerate() {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            *frequency = 1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32);
-        }
-        let frequencies = &*frequencies;
-        pool.run_chunks(x, rows * width, |index, piece| {
-            with_panels(&ROTATIONS, 2 * half, |rotations| {
-                let (sines, cosines) = rotations.split_at_mut(half);
-                for (r, row) in piece.chunks_exact_mut(width).enumerate() {
-                    let position = (first + index * rows + r) as f32;
-                    for ((sine, cosine), frequency) in sines.iter_mut().zip(&mut *cosines).zip(frequencies) {
-                        let (sin, cos) = f64::from(position * frequency).sin_cos();
-                        (*sine, *cosine) = (sin as f32, cos as f32);
-                    }
-                    for head in row.chunks_exact_mut(head_dim) {
-                        let (low, high) = head.split_at_mut(half);
-                        for (((a, b), sin), cos) in low.iter_mut().zip(high).zip(&*sines).zip(&*cosines) {
-                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                        }
+    let mut frequencies = FREQUENCIES.take();
+    frequencies.fill(head_dim, theta);
+    pool.run_chunks(x, rows * width, |index, piece| {
+        with_panels(&ROTATIONS, 2 * half, |rotations| {
+            let (sines, cosines) = rotations.split_at_mut(half);
+            for (r, row) in piece.chunks_exact_mut(width).enumerate() {
+                let position = (first + index * rows + r) as f32;
+                for ((sine, cosine), frequency) in sines.iter_mut().zip(&mut *cosines).zip(&frequencies.pairs) {
+                    let (sin, cos) = f64::from(position * frequency).sin_cos();
+                    (*sine, *cosine) = (sin as f32, cos as f32);
+                }
+                for head in row.chunks_exact_mut(head_dim) {
+                    let (low, high) = head.split_at_mut(half);
+                    for (((a, b), sin), cos) in low.iter_mut().zip(high).zip(&*sines).zip(&*cosines) {
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                     }
                 }
-            });
+            }
         });
     });
+    FREQUENCIES.set(frequencies);
 }

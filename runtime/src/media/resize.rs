@@ -355,7 +355,8 @@ impl Preprocess {
     }
 }
 
-/// Appends a picture of [`Preprocess::picture`] as the vision tower's input, normalised to -1..1.
+/// Appends a picture of [`Preprocess::picture`], bytes `[side, side, 3]`, as the vision tower's input: as many values in
+/// `layout`, normalised to -1..1.
 pub fn append_pixels(rgb: &[u8], layout: PixelLayout, pixels: &mut Vec<f32>) {
     let scale = normalisation();
     let value = |byte: &u8| scale[usize::from(*byte)];

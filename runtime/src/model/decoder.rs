@@ -416,6 +416,9 @@ impl<D: Device> Session<D> {
 
     /// Computes only the logits of `tokens` (different, ascending) from the next position on: to the bit what they are
     /// without, while those of all other tokens are the least there is. `None` takes that back.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] where they are none, not ascending, or not of the vocabulary.
     pub fn restrict_head(&mut self, tokens: Option<&[u32]>) -> Result<(), ModelError> {
         let Decoder { device, config, head, .. } = &*self.decoder;
         self.head = tokens.map(|tokens| Head::new(device, head, config.vocabulary, tokens)).transpose()?;
@@ -433,6 +436,10 @@ impl<D: Device> Session<D> {
     ///
     /// The logits are those of [`Session::start`] but for the order of summation where a device has another way for few
     /// rows than for many.
+    ///
+    /// # Errors
+    /// Those of [`Session::start`]: no positions, more than the capacity, rows `[n, width]` of another width than the
+    /// decoder's.
     pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
         let common = self.held.common(pieces).min(self.position);
         self.forget(if common < KEPT { 0 } else { common });

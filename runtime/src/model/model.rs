@@ -172,8 +172,12 @@ impl<D: Device> Model<D> {
         self.projector.mix(&self.device, tokens, gate, out)
     }
 
-    /// As [`Self::video_tokens`], computing only what the last call did not: `keys` name the window's frames, and equal keys
-    /// in this call and the last one must be equal states. What that is of a frame depends on it and the one before it.
+    /// As [`Self::video_tokens`], computing only what the last call did not: `features` `[frames · patches, vision width]`,
+    /// `keys` `[frames]` name the window's frames, and equal keys in this call and the last one must be equal states. What
+    /// that is of a frame depends on it and the one before it.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] where features are no whole frames or keys are not as many, and what the device says.
     pub fn video_tokens_again(
         &mut self,
         features: &Rows<D>,

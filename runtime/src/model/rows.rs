@@ -38,18 +38,20 @@ impl<D: Device> Rows<D> {
         self.stamp
     }
 
-    /// No rows yet, with memory for `rows · width`.
+    /// No rows yet, with memory for `[rows, width]`; an error where the device has not so much.
     pub fn with_room(device: &D, rows: usize, width: usize) -> Result<Self, ModelError> {
         Ok(Rows { buffer: allocate(device, &[rows, width])?, rows: 0, width: 0, stamp: 0 })
     }
 
-    /// Makes room for `rows · width` and fills it with rows of others: `parts` are (from, its first row, rows), one
-    /// behind the other.
+    /// Becomes `[rows, width]`, rows of others one behind the other: `parts` are (from `[…, width]`, its first row, rows).
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] where a part is of another width or leaves its rows, and what the device says.
     pub fn gather(&mut self, device: &D, width: usize, parts: &[(&Rows<D>, usize, usize)]) -> Result<(), ModelError> {
         self.resize(device, parts.iter().map(|part| part.2).sum(), width)?;
         let mut to = 0;
         for &(from, first, rows) in parts {
-            if from.width != width || first + rows > from.rows {
+            if from.width != width || first.checked_add(rows).is_none_or(|end| end > from.rows) {
                 let reason = format!("{rows} rows from {first} of {} by {}, {width} wide", from.rows, from.width);
                 return Err(ModelError::input("rows", reason));
             }

@@ -53,7 +53,7 @@ pub enum PlanError {
         "{need:.0} MB of memory are needed and {available:.0} MB are available, {shortfall:.0} MB too few (candor plan says \
          what for); end other programs, take a smaller model, store its weights in fewer bits (candor-tools quantize), or \
          go on with --ignore-memory",
-        need = megabytes(*need), available = megabytes(*available), shortfall = megabytes(need - available)
+        need = megabytes(*need), available = megabytes(*available), shortfall = megabytes(need.saturating_sub(*available))
     )]
     Short {
         /// Bytes needed.

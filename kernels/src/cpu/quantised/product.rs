@@ -4,11 +4,10 @@
 
 use super::activations::Quantised;
 use super::{BLOCK, Bits, Layer, layer_of};
-use crate::cpu::math;
+use crate::cpu::elementwise::Finish;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::integer::{Integer, IntegerOperation, OFFSET4, Tiles, lanes};
-use crate::cpu::simd::{Level, MAX_LANES, Simd};
-use crate::device::Activation;
+use crate::cpu::simd::{Level, MAX_LANES, Operation, Simd};
 use std::cell::Cell;
 
 /// Fewer rows than this are not split among tasks, as each of them packs its panels anew.
@@ -95,17 +94,16 @@ impl Tiles for Task<'_> {
         let (of_columns, one) = scales.split_at_mut(blocks * a_block * columns);
         self.pack_scales(columns, of_columns, one);
         let of_columns = &*of_columns;
-        let ending = Ending::new(self.layer, self.first, self.count);
         // The depth of a step, all of which has one scale, and whether a weight has scales for its steps.
         match (self.layer.codes.bits, a_block) {
-            (Bits::Four, 0) => self.rows::<I, R, VECTORS, 4, BLOCK, false>(set, &panel, of_columns, &ending),
-            (Bits::Four, 1) => self.rows::<I, R, VECTORS, 4, BLOCK, true>(set, &panel, of_columns, &ending),
-            (Bits::Four, 2) => self.rows::<I, R, VECTORS, 4, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Four, _) => self.rows::<I, R, VECTORS, 4, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 0) => self.rows::<I, R, VECTORS, 8, BLOCK, false>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 1) => self.rows::<I, R, VECTORS, 8, BLOCK, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, 2) => self.rows::<I, R, VECTORS, 8, { BLOCK / 2 }, true>(set, &panel, of_columns, &ending),
-            (Bits::Eight, _) => self.rows::<I, R, VECTORS, 8, { BLOCK / 4 }, true>(set, &panel, of_columns, &ending),
+            (Bits::Four, 0) => self.rows::<I, R, VECTORS, 4, BLOCK, false>(set, &panel, of_columns),
+            (Bits::Four, 1) => self.rows::<I, R, VECTORS, 4, BLOCK, true>(set, &panel, of_columns),
+            (Bits::Four, 2) => self.rows::<I, R, VECTORS, 4, { BLOCK / 2 }, true>(set, &panel, of_columns),
+            (Bits::Four, _) => self.rows::<I, R, VECTORS, 4, { BLOCK / 4 }, true>(set, &panel, of_columns),
+            (Bits::Eight, 0) => self.rows::<I, R, VECTORS, 8, BLOCK, false>(set, &panel, of_columns),
+            (Bits::Eight, 1) => self.rows::<I, R, VECTORS, 8, BLOCK, true>(set, &panel, of_columns),
+            (Bits::Eight, 2) => self.rows::<I, R, VECTORS, 8, { BLOCK / 2 }, true>(set, &panel, of_columns),
+            (Bits::Eight, _) => self.rows::<I, R, VECTORS, 8, { BLOCK / 4 }, true>(set, &panel, of_columns),
         }
         SCALES.set(scales);
         PANEL.set(panel);
@@ -157,13 +155,15 @@ impl Task<'_> {
         set: I,
         panel: &[u8],
         scales: &[f32],
-        ending: &Ending,
     ) {
         let simd = set.float();
         let columns = V * lanes::<I>();
         let offset = if BITS == 4 { OFFSET4 } else { I::OFFSET8 };
         let a_block = BLOCK / D;
         let steps = self.x.blocks * a_block;
+        let outputs = self.first..self.first + self.count;
+        let of_rows = self.layer.codes.scales.of_rows().map(|scales| &scales[outputs.clone()]);
+        let bias = self.layer.bias.map(|bias| &bias[outputs]);
         let mut tile = [[0.0f32; MAX_COLUMNS]; R];
         for first in self.rows.clone().step_by(R) {
             let height = R.min(self.rows.end - first);
@@ -206,45 +206,16 @@ impl Task<'_> {
                 }
             }
             for (r, row) in tile.iter_mut().enumerate().take(height) {
-                ending.apply(simd, &mut row[..columns]);
+                let row = &mut row[..self.count];
+                if let Some(scales) = of_rows {
+                    row.iter_mut().zip(scales).for_each(|(sum, scale)| *sum *= scale);
+                }
+                Finish { row: &mut *row, bias, activation: self.layer.activation }.run(simd);
                 // SAFETY: each task has outputs of its own.
                 let out =
                     unsafe { self.layer.out.range((first + r) * self.layer.codes.outputs + self.first, self.count) };
-                out.copy_from_slice(&row[..self.count]);
+                out.copy_from_slice(row);
             }
-        }
-    }
-}
-
-/// What is done to the sums of a panel's outputs: `activation(sum · scale + bias)`.
-struct Ending {
-    scales: Option<[f32; MAX_COLUMNS]>,
-    bias: [f32; MAX_COLUMNS],
-    activation: Activation,
-}
-
-impl Ending {
-    fn new(layer: &Layer<'_>, first: usize, count: usize) -> Self {
-        let padded = |values: &[f32]| {
-            let mut padded = [0.0; MAX_COLUMNS];
-            padded[..count].copy_from_slice(&values[first..first + count]);
-            padded
-        };
-        Ending {
-            scales: layer.codes.scales.of_rows().map(padded),
-            bias: layer.bias.map_or([0.0; MAX_COLUMNS], padded),
-            activation: layer.activation,
-        }
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd>(&self, simd: S, row: &mut [f32]) {
-        let ones = [1.0; MAX_COLUMNS];
-        let scales = self.scales.as_ref().unwrap_or(&ones);
-        let parameters = scales.chunks_exact(S::LANES).zip(self.bias.chunks_exact(S::LANES));
-        for (piece, (scale, bias)) in row.chunks_exact_mut(S::LANES).zip(parameters) {
-            let sum = simd.mul_add(simd.load(piece), simd.load(scale), simd.load(bias));
-            simd.store(math::activate(simd, self.activation, sum), piece);
         }
     }
 }

@@ -207,12 +207,11 @@ fn kernels(found: &mut Findings) -> Kernels {
 
 fn memory(device: &CpuDevice) -> Memory {
     let mb = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / 1e6);
-    let (available, limit) = (machine::memory("MemAvailable"), machine::memory_limit());
-    let room = available.into_iter().chain(limit).min().map_or(ROOF_BYTES, |bytes| bytes / 4);
+    let room = machine::memory_available().map_or(ROOF_BYTES, |bytes| bytes / 4);
     Memory {
         total_mb: mb(machine::memory("MemTotal")),
-        available_mb: mb(available),
-        limit_mb: mb(limit),
+        available_mb: mb(machine::memory("MemAvailable")),
+        limit_mb: mb(machine::memory_limit()),
         read_gb_s: measure_read_bandwidth(device.pool(), ROOF_BYTES.min(room) as usize),
     }
 }
