@@ -26,6 +26,7 @@ step() {
     "$@" || failed="$failed $name"
 }
 step fmt cargo fmt --all --check
+step fmt-candle cargo fmt --manifest-path tools/rivals/candle/Cargo.toml --check
 step clippy cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 # With no GStreamer the runtime still has to build.
 step clippy-no-media cargo clippy --locked -p candor --no-default-features --all-targets --quiet -- -D warnings

@@ -61,6 +61,23 @@ def whisper(weights):
     return Row(prepare, "x realtime")
 
 
+def candle_decode():
+    def prepare(shop):
+        model = shop.model("f32")
+        ours = lambda: shop.ours(model, "--stages", "decode", "--positions", str(POSITIONS), "--tokens", str(TOKENS))
+        return ours, [shop.candle(model, "decode", POSITIONS, TOKENS)]
+
+    return Row(prepare, "tokens/s")
+
+
+def candle_vision():
+    def prepare(shop):
+        model = shop.model("f32")
+        return lambda: shop.ours(model, "--stages", "vision"), [shop.candle(model, "vision", FRAMES)]
+
+    return Row(prepare, "frames/s")
+
+
 ROWS = {
     "decode_int4": decode("int4", "q4_0"),
     "decode_int8": decode("int8", "q8_0"),
@@ -69,4 +86,6 @@ ROWS = {
     "vision_int8": vision("int8"),
     "vision_f32": vision("f32"),
     "whisper_int8": whisper("int8"),
+    "decode_f32_candle": candle_decode(),
+    "vision_f32_candle": candle_vision(),
 }
