@@ -36,6 +36,14 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The GPU or its driver failed.
+    #[error("{op}: {source}")]
+    Cuda {
+        /// The operation.
+        op: &'static str,
+        /// What is wrong.
+        source: crate::cuda::CudaError,
+    },
 }
 
 /// Result of a device operation.

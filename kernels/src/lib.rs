@@ -1,10 +1,12 @@
 //! Candor's arithmetic: every operation of the model family, once per device.
 //!
-//! [`Device`] is the list of operations; [`cpu`] implements it on the CPU. Nothing here knows of models.
+//! [`Device`] is the list of operations; [`cpu`] implements it on the CPU, [`cuda`] on NVIDIA's
+//! GPUs. Nothing here knows of models.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 mod check;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod scales;
 pub mod tensor;

@@ -1,0 +1,644 @@
+//! The CUDA device: hand-written kernels (cuda/*.cu), launched one after another on one stream.
+//!
+//! This file checks sizes and launches; what runs on the GPU is in cuda/.
+
+mod cache;
+mod driver;
+mod launch;
+mod weight;
+
+pub use cache::CudaCache;
+pub use driver::CudaError;
+pub use weight::CudaWeight;
+
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::check;
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::tensor::HostTensor;
+use driver::{Gpu, failed};
+use launch::{Argument, Grid, Kernels, launch};
+use weight::WeightArgument;
+
+/// The widest head; cuda/attention.cu has the same number.
+const WIDEST_HEAD: usize = 512;
+/// Keys whose mean stands for that of all, as in the CPU's caches.
+const MEAN_OF: usize = 16;
+
+/// A GPU as a device; clones share it.
+#[derive(Clone, Debug)]
+pub struct CudaDevice(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    gpu: Gpu,
+    kernels: Kernels,
+    /// Frequencies of rotary positions by head width and bits of theta.
+    frequencies: Mutex<HashMap<(usize, u32), Arc<CudaSlice<f32>>>>,
+}
+
+/// f32 activations on the GPU.
+#[derive(Debug)]
+pub struct CudaBuffer {
+    /// At least one element, as no allocation is empty.
+    data: CudaSlice<f32>,
+    len: usize,
+}
+
+/// Structs that kernels take, laid out as theirs.
+macro_rules! arguments {
+    ($($(#[$about:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug)]
+        #[repr(C)]
+        struct $name { $($field: $kind),* }
+        // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
+        unsafe impl DeviceRepr for $name {}
+    )*};
+}
+
+arguments! {
+    /// `Ids` of cuda/elementwise.cu.
+    Ids { id: [u32; 64] }
+    /// `Parts` of cuda/elementwise.cu.
+    Parts { part: [u64; 8], weight: [f32; 8] }
+    /// `Unfold` of cuda/convolution.cu.
+    UnfoldArgument {
+        size: [i32; 3], kernel: [i32; 3], stride: [i32; 3], pad_before: [i32; 3], output: [i32; 3], channels: i32,
+    }
+    /// `Shape` of cuda/attention.cu.
+    Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }
+    /// `Strides` of cuda/attention.cu.
+    Strides { batches: i64, heads: i64, keys: i64 }
+}
+
+/// Launches kernel `$kernel` with arguments that are its own, in number and type.
+macro_rules! run {
+    ($device:expr, $op:expr, $kernel:ident, $grid:expr, $($argument:expr),+ $(,)?) => {{
+        let inner = &*$device.0;
+        // SAFETY: each call stands beside the sizes it was checked for, and names the kernel's arguments in their order; the
+        // memory is kept by buffers, weights and caches, which give it back in the order of the stream.
+        unsafe { launch(&inner.gpu, $op, &inner.kernels.$kernel, $grid, [$(Argument::new(&$argument)),+]) }
+    }};
+}
+
+/// The address of element `offset` of a slice.
+fn address<T>(slice: &CudaSlice<T>, offset: usize) -> u64 {
+    // With one stream and no events there is nothing to wait for, and nothing to record when this ends.
+    let (pointer, _order) = slice.device_ptr(slice.stream());
+    pointer + (offset * size_of::<T>()) as u64
+}
+
+/// `bytes` zero bytes, at least one; an error where the count overflowed or there is no memory.
+fn zeros<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
+    device: &CudaDevice,
+    op: &'static str,
+    len: Option<usize>,
+) -> Result<CudaSlice<T>> {
+    let too_many = DeviceError::OutOfMemory { bytes: usize::MAX };
+    let bytes = len.and_then(|len| len.checked_mul(size_of::<T>())).filter(|&bytes| bytes <= isize::MAX as usize);
+    let (Some(len), Some(bytes)) = (len, bytes) else { return Err(too_many) };
+    device.0.gpu.stream.alloc_zeros(len.max(1)).map_err(failed(op, bytes))
+}
+
+/// The kernels' number of an activation.
+fn code(activation: Activation) -> i32 {
+    match activation {
+        Activation::Identity => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+        Activation::Silu => 3,
+        Activation::Sigmoid => 4,
+        Activation::Tanh => 5,
+        Activation::Relu => 6,
+    }
+}
+
+impl CudaDevice {
+    /// Opens GPU number `ordinal` with kernels that `image` gives by the names of the files of cuda/, as cubins or PTX.
+    pub fn with_images(
+        ordinal: usize,
+        image: impl Fn(&str) -> std::result::Result<Vec<u8>, CudaError>,
+    ) -> std::result::Result<Self, CudaError> {
+        let gpu = driver::open(ordinal)?;
+        let kernels = Kernels::load(&gpu, &image)?;
+        Ok(CudaDevice(Arc::new(Inner { gpu, kernels, frequencies: Mutex::default() })))
+    }
+
+    /// The names of the files of cuda/ that kernels come from.
+    pub fn families() -> &'static [&'static str] {
+        launch::FAMILIES
+    }
+
+    /// `value` as kernels count.
+    fn small(&self, op: &'static str, what: &str, value: usize) -> Result<i32> {
+        let reason = || format!("{value} {what} are more than kernels count");
+        i32::try_from(value).map_err(|_| DeviceError::Argument { op, reason: reason() })
+    }
+
+    /// Bytes on the GPU.
+    fn upload(&self, op: &'static str, bytes: &[u8]) -> Result<CudaSlice<u8>> {
+        let mut data = zeros(self, op, Some(bytes.len()))?;
+        let stream = &self.0.gpu.stream;
+        if !bytes.is_empty() {
+            stream.memcpy_htod(bytes, &mut data).map_err(failed(op, bytes.len()))?;
+            // The bytes may be gone when this returns.
+            stream.synchronize().map_err(failed(op, bytes.len()))?;
+        }
+        Ok(data)
+    }
+
+    /// The frequencies of rotary positions, `[head_dim / 2]`.
+    fn frequencies(&self, head_dim: usize, theta: f32) -> Result<Arc<CudaSlice<f32>>> {
+        let mut known = self.0.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(frequencies) = known.get(&(head_dim, theta.to_bits())) {
+            return Ok(frequencies.clone());
+        }
+        // As transformers has them: the exponent and the power are f32.
+        let power = |pair: usize| f64::from(theta).powf(f64::from((2 * pair) as f32 / head_dim as f32)) as f32;
+        let values: Vec<f32> = (0..head_dim / 2).map(|pair| 1.0 / power(pair)).collect();
+        let mut data = zeros(self, "rope", Some(values.len()))?;
+        let stream = &self.0.gpu.stream;
+        stream.memcpy_htod(&values, &mut data).map_err(failed("rope", 0))?;
+        stream.synchronize().map_err(failed("rope", 0))?;
+        let data = Arc::new(data);
+        known.insert((head_dim, theta.to_bits()), data.clone());
+        Ok(data)
+    }
+
+    /// A bias of `outputs` elements, or none.
+    fn bias(&self, op: &'static str, bias: Option<&CudaWeight>, outputs: usize) -> Result<WeightArgument> {
+        let Some(bias) = bias else { return Ok(WeightArgument::default()) };
+        check::exactly(op, "bias", bias.elements(), &[outputs])?;
+        Ok(bias.argument())
+    }
+
+    fn shape(&self, op: &'static str, shape: &AttentionShape) -> Result<Shape> {
+        let AttentionShape { queries, keys, heads, key_heads, head_dim, causal, scale, .. } = *shape;
+        check::argument(op, head_dim <= WIDEST_HEAD, || {
+            format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
+        })?;
+        Ok(Shape {
+            queries: self.small(op, "queries", queries)?,
+            keys: self.small(op, "keys", keys)?,
+            heads: self.small(op, "heads", heads)?,
+            key_heads: self.small(op, "key heads", key_heads)?,
+            head_dim: head_dim as i32,
+            causal: i32::from(causal),
+            scale,
+        })
+    }
+}
+
+/// A block for each query of each head of each sequence.
+fn attention_grid(shape: &AttentionShape) -> Grid {
+    let blocks = [shape.queries, shape.heads, shape.batch];
+    Grid { blocks, threads: 128, shared: shape.head_dim * size_of::<f32>() }
+}
+
+impl Device for CudaDevice {
+    type Buffer = CudaBuffer;
+    type Weight = CudaWeight;
+    type Cache = CudaCache;
+
+    fn describe(&self) -> String {
+        let Gpu { name, capability: (major, minor), driver, .. } = &self.0.gpu;
+        format!("{name} (sm_{major}{minor}), CUDA {}.{} driver", driver / 1000, driver % 1000 / 10)
+    }
+
+    fn allocate(&self, len: usize) -> Result<CudaBuffer> {
+        Ok(CudaBuffer { data: zeros(self, "allocate", Some(len))?, len })
+    }
+
+    fn len(&self, buffer: &CudaBuffer) -> usize {
+        buffer.len
+    }
+
+    fn write(&self, data: &[f32], to: &mut CudaBuffer, offset: usize) -> Result<()> {
+        let end = check::range("write", "to", to.len, offset, data.len())?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let stream = &self.0.gpu.stream;
+        let mut to = to.data.slice_mut(offset..end);
+        stream.memcpy_htod(data, &mut to).map_err(failed("write", 0))?;
+        // The data may be gone when this returns.
+        stream.synchronize().map_err(failed("write", 0))
+    }
+
+    fn read(&self, from: &CudaBuffer, offset: usize, out: &mut [f32]) -> Result<()> {
+        let end = check::range("read", "from", from.len, offset, out.len())?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let stream = &self.0.gpu.stream;
+        stream.memcpy_dtoh(&from.data.slice(offset..end), out).map_err(failed("read", 0))?;
+        stream.synchronize().map_err(failed("read", 0))
+    }
+
+    fn copy(
+        &self,
+        from: &CudaBuffer,
+        from_offset: usize,
+        to: &mut CudaBuffer,
+        to_offset: usize,
+        len: usize,
+    ) -> Result<()> {
+        let from_end = check::range("copy", "from", from.len, from_offset, len)?;
+        let to_end = check::range("copy", "to", to.len, to_offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let mut to = to.data.slice_mut(to_offset..to_end);
+        self.0.gpu.stream.memcpy_dtod(&from.data.slice(from_offset..from_end), &mut to).map_err(failed("copy", 0))
+    }
+
+    fn weight(&self, tensor: &HostTensor) -> Result<CudaWeight> {
+        CudaWeight::upload(self, tensor)
+    }
+
+    fn weight_rows(&self, weight: &CudaWeight, first: usize, count: usize) -> Result<CudaWeight> {
+        let rows = weight.rows();
+        check::argument("weight_rows", first.checked_add(count).is_some_and(|end| end <= rows), || {
+            format!("rows from {first} on, {count} of them, of a weight of {rows}")
+        })?;
+        Ok(weight.view(first, count))
+    }
+
+    fn embed(&self, table: &CudaWeight, ids: &[u32], out: &mut CudaBuffer, offset: usize) -> Result<()> {
+        let (rows, width) = (table.rows(), table.depth());
+        for &id in ids {
+            check::argument("embed", (id as usize) < rows, || format!("id {id} in a table of {rows} rows"))?;
+        }
+        let len = check::at_least("embed", "out", usize::MAX, &[ids.len(), width])?;
+        check::range("embed", "out", out.len, offset, len)?;
+        let mut to = offset;
+        for ids in ids.chunks(64) {
+            let mut argument = Ids { id: [0; 64] };
+            argument.id[..ids.len()].copy_from_slice(ids);
+            let (count, out) = (ids.len() as i32, address(&out.data, to));
+            run!(self, "embed", embed, Grid::each(ids.len() * width), table.argument(), argument, count, out)?;
+            to += ids.len() * width;
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: &CudaBuffer,
+        rows: usize,
+        weight: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        activation: Activation,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        let (outputs, depth) = (weight.rows(), weight.depth());
+        check::at_least("linear", "x", x.len, &[rows, depth])?;
+        let len = check::at_least("linear", "out", out.len, &[rows, outputs])?;
+        let bias = self.bias("linear", bias, outputs)?;
+        let grid = Grid::blocks([len.div_ceil(128), 1, 1], 128);
+        let (x, out) = (address(&x.data, 0), address(&out.data, 0));
+        run!(self, "linear", linear, grid, x, rows, weight.argument(), bias, code(activation), out)
+    }
+
+    fn layer_norm(
+        &self,
+        x: &CudaBuffer,
+        rows: usize,
+        weight: &CudaWeight,
+        bias: &CudaWeight,
+        eps: f32,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        let width = weight.elements();
+        check::exactly("layer_norm", "bias", bias.elements(), &[width])?;
+        let len = check::at_least("layer_norm", "x", x.len, &[rows, width])?;
+        check::at_least("layer_norm", "out", out.len, &[len])?;
+        let (x, out, width) = (address(&x.data, 0), address(&out.data, 0), self.small("layer_norm", "columns", width)?);
+        let grid = Grid::blocks([rows, 1, 1], 128);
+        run!(self, "layer_norm", layer_norm, grid, x, width, weight.argument(), bias.argument(), eps, out)
+    }
+
+    fn rms_norm(&self, x: &CudaBuffer, rows: usize, weight: &CudaWeight, eps: f32, out: &mut CudaBuffer) -> Result<()> {
+        let width = weight.elements();
+        let len = check::at_least("rms_norm", "x", x.len, &[rows, width])?;
+        check::at_least("rms_norm", "out", out.len, &[len])?;
+        let (x, out, width) = (address(&x.data, 0), address(&out.data, 0), self.small("rms_norm", "columns", width)?);
+        run!(self, "rms_norm", rms_norm, Grid::blocks([rows, 1, 1], 128), x, width, weight.argument(), eps, out)
+    }
+
+    fn activate(&self, activation: Activation, x: &mut CudaBuffer, len: usize) -> Result<()> {
+        check::at_least("activate", "x", x.len, &[len])?;
+        run!(self, "activate", activate, Grid::each(len), address(&x.data, 0), len, code(activation))
+    }
+
+    fn add(&self, x: &mut CudaBuffer, y: &CudaBuffer, len: usize) -> Result<()> {
+        check::at_least("add", "x", x.len, &[len])?;
+        check::at_least("add", "y", y.len, &[len])?;
+        run!(self, "add", add, Grid::each(len), address(&x.data, 0), address(&y.data, 0), len)
+    }
+
+    fn multiply(&self, x: &mut CudaBuffer, y: &CudaBuffer, len: usize) -> Result<()> {
+        check::at_least("multiply", "x", x.len, &[len])?;
+        check::at_least("multiply", "y", y.len, &[len])?;
+        run!(self, "multiply", multiply, Grid::each(len), address(&x.data, 0), address(&y.data, 0), len)
+    }
+
+    fn add_positions(&self, x: &mut CudaBuffer, rows: usize, table: &CudaWeight, first: usize) -> Result<()> {
+        let (table_rows, width) = (table.rows(), table.depth());
+        let len = check::at_least("add_positions", "x", x.len, &[rows, width])?;
+        check::argument("add_positions", len == 0 || table_rows > 0, || "the table has no rows".to_owned())?;
+        let first = self.small("add_positions", "rows", first.checked_rem(table_rows).unwrap_or(0))?;
+        run!(self, "add_positions", add_positions, Grid::each(len), address(&x.data, 0), len, table.argument(), first)
+    }
+
+    fn softmax(&self, x: &CudaBuffer, rows: usize, width: usize, out: &mut CudaBuffer) -> Result<()> {
+        let len = check::at_least("softmax", "x", x.len, &[rows, width])?;
+        check::at_least("softmax", "out", out.len, &[len])?;
+        let (x, out, columns) = (address(&x.data, 0), address(&out.data, 0), self.small("softmax", "columns", width)?);
+        let rows = if width == 0 { 0 } else { rows };
+        run!(self, "softmax", softmax, Grid::blocks([rows, 1, 1], 128), x, columns, out)
+    }
+
+    fn rope(
+        &self,
+        x: &mut CudaBuffer,
+        rows: usize,
+        heads: usize,
+        head_dim: usize,
+        first: usize,
+        theta: f32,
+    ) -> Result<()> {
+        const OP: &str = "rope";
+        check::at_least(OP, "x", x.len, &[rows, heads, head_dim])?;
+        check::argument(OP, head_dim.is_multiple_of(2), || format!("head width {head_dim} is odd"))?;
+        let end = first.checked_add(rows).filter(|&end| i32::try_from(end).is_ok());
+        check::argument(OP, end.is_some(), || format!("position {first} is too large"))?;
+        let frequencies = self.frequencies(head_dim, theta)?;
+        let grid = Grid::blocks([(rows * head_dim / 2).div_ceil(128), 1, 1], 128);
+        let (x, frequencies) = (address(&x.data, 0), address(&frequencies, 0));
+        let (heads, pairs) = (self.small(OP, "heads", heads)?, self.small(OP, "pairs", head_dim / 2)?);
+        run!(self, OP, rope, grid, x, rows, heads, pairs, first as i32, frequencies)
+    }
+
+    fn attention(
+        &self,
+        q: &CudaBuffer,
+        k: &CudaBuffer,
+        v: &CudaBuffer,
+        shape: AttentionShape,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "attention";
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
+        let q_len = check::at_least(OP, "q", q.len, &[batch, queries, heads, head_dim])?;
+        let k_len = check::at_least(OP, "k", k.len, &[batch, keys, key_heads, head_dim])?;
+        check::at_least(OP, "v", v.len, &[k_len])?;
+        check::at_least(OP, "out", out.len, &[q_len])?;
+        if q_len == 0 {
+            return Ok(());
+        }
+        check::attention(OP, &shape)?;
+        let width = key_heads * head_dim;
+        let strides = Strides { batches: (keys * width) as i64, heads: head_dim as i64, keys: width as i64 };
+        let (grid, shape) = (attention_grid(&shape), self.shape(OP, &shape)?);
+        let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
+        run!(self, OP, attention_f32, grid, q, k, v, shape, strides, out)
+    }
+
+    fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CudaCache> {
+        check::argument("cache", head_dim <= WIDEST_HEAD, || {
+            format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
+        })?;
+        CudaCache::new(self, kind, capacity, key_heads, head_dim)
+    }
+
+    fn cache_write(
+        &self,
+        k: &CudaBuffer,
+        v: &CudaBuffer,
+        rows: usize,
+        cache: &mut CudaCache,
+        first: usize,
+    ) -> Result<()> {
+        const OP: &str = "cache_write";
+        let len = check::at_least(OP, "k", k.len, &[rows, cache.width()])?;
+        check::at_least(OP, "v", v.len, &[len])?;
+        check::range(OP, "the cache", cache.capacity, first, rows)?;
+        let (k, v) = (address(&k.data, 0), address(&v.data, 0));
+        let heads = self.small(OP, "key heads", cache.key_heads)?;
+        let capacity = self.small(OP, "positions", cache.capacity)?;
+        let (width, first) = (cache.head_dim as i32, first as i32);
+        let [keys, values] = cache.elements();
+        match cache.kind {
+            CacheType::F32 => {
+                let grid = Grid::each(len);
+                run!(self, OP, cache_write_f32, grid, k, v, rows, heads, width, capacity, first, keys, values)
+            }
+            CacheType::F16 => {
+                let grid = Grid::each(len);
+                run!(self, OP, cache_write_f16, grid, k, v, rows, heads, width, capacity, first, keys, values)
+            }
+            CacheType::I8 => {
+                let grid = Grid::blocks([rows, cache.key_heads, 1], 32);
+                let (averaged, mean) = (rows.min(MEAN_OF) as i32, cache.mean());
+                let [key_scales, value_scales] = cache.scales();
+                run!(
+                    self,
+                    OP,
+                    cache_write_i8,
+                    grid,
+                    k,
+                    v,
+                    heads,
+                    width,
+                    capacity,
+                    first,
+                    averaged,
+                    mean,
+                    keys,
+                    key_scales,
+                    values,
+                    value_scales,
+                )
+            }
+        }
+    }
+
+    fn cache_copy(&self, from: &CudaCache, to: &mut CudaCache, positions: usize) -> Result<()> {
+        const OP: &str = "cache_copy";
+        let fits = from.is_like(to) && positions <= from.capacity.min(to.capacity);
+        check::argument(OP, fits, || {
+            format!("{positions} positions do not fit, or the caches are not of one type, heads and width")
+        })?;
+        let (heads, of_from, of_to) = (from.key_heads, from.capacity, to.capacity);
+        for part in from.parts(to) {
+            let (len, of_from, of_to) = if part.whole { (1, 1, 1) } else { (positions, of_from, of_to) };
+            if len * part.position == 0 {
+                continue;
+            }
+            for head in 0..heads {
+                let from = head * of_from * part.position..(head * of_from + len) * part.position;
+                let to = head * of_to * part.position..(head * of_to + len) * part.position;
+                let (from, mut to) = (part.from.slice(from), part.to.slice_mut(to));
+                self.0.gpu.stream.memcpy_dtod(&from, &mut to).map_err(failed(OP, 0))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cache_attention(
+        &self,
+        q: &CudaBuffer,
+        cache: &CudaCache,
+        shape: AttentionShape,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "cache_attention";
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, .. } = shape;
+        let q_len = check::at_least(OP, "q", q.len, &[queries, heads, head_dim])?;
+        check::at_least(OP, "out", out.len, &[q_len])?;
+        check::range(OP, "the cache", cache.capacity, 0, keys)?;
+        if q_len == 0 {
+            return Ok(());
+        }
+        check::attention(OP, &shape)?;
+        let fits = batch == 1 && (cache.key_heads, cache.head_dim) == (key_heads, head_dim);
+        check::argument(OP, fits, || {
+            format!("{batch} sequences of {key_heads} key heads {head_dim} wide are not what the cache holds")
+        })?;
+        let strides = Strides { batches: 0, heads: (cache.capacity * head_dim) as i64, keys: head_dim as i64 };
+        let (grid, shape) = (attention_grid(&shape), self.shape(OP, &shape)?);
+        let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());
+        match cache.kind {
+            CacheType::F32 => run!(self, OP, attention_f32, grid, q, k, v, shape, strides, out),
+            CacheType::F16 => run!(self, OP, attention_f16, grid, q, k, v, shape, strides, out),
+            CacheType::I8 => {
+                let [k_scales, v_scales] = cache.scales();
+                run!(self, OP, attention_i8, grid, q, k, v, k_scales, v_scales, shape, strides, out)
+            }
+        }
+    }
+
+    fn unfold(&self, x: &CudaBuffer, unfold: Unfold, out: &mut CudaBuffer) -> Result<()> {
+        const OP: &str = "unfold";
+        let output = check::unfold(&unfold)?;
+        let ([t, h, w], [kt, kh, kw]) = (unfold.size, unfold.kernel);
+        check::at_least(OP, "x", x.len, &[t, h, w, unfold.channels])?;
+        let dims = [output[0], output[1], output[2], unfold.channels, kt, kh, kw];
+        let len = check::at_least(OP, "out", out.len, &dims)?;
+        let three = |values: [usize; 3]| -> Result<[i32; 3]> {
+            let [a, b, c] = values.map(|value| self.small(OP, "elements of an axis", value));
+            Ok([a?, b?, c?])
+        };
+        let argument = UnfoldArgument {
+            size: three(unfold.size)?,
+            kernel: three(unfold.kernel)?,
+            // A step larger than the input is taken once.
+            stride: three(unfold.stride)?,
+            pad_before: three(unfold.pad_before)?,
+            output: three(output)?,
+            channels: self.small(OP, "channels", unfold.channels)?,
+        };
+        run!(self, OP, unfold, Grid::each(len), address(&x.data, 0), argument, len, address(&out.data, 0))
+    }
+
+    fn depthwise3x3(
+        &self,
+        x: &CudaBuffer,
+        size: [usize; 3],
+        weight: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "depthwise3x3";
+        let channels = weight.rows();
+        check::exactly(OP, "weight", weight.depth(), &[3, 3])?;
+        let bias = self.bias(OP, bias, channels)?;
+        let len = check::at_least(OP, "x", x.len, &[size[0], size[1], size[2], channels])?;
+        check::at_least(OP, "out", out.len, &[len])?;
+        let (height, width) = (self.small(OP, "rows", size[1])?, self.small(OP, "columns", size[2])?);
+        let (x, out, channels) = (address(&x.data, 0), address(&out.data, 0), self.small(OP, "channels", channels)?);
+        run!(self, OP, depthwise3x3, Grid::each(len), x, len, height, width, channels, weight.argument(), bias, out)
+    }
+
+    fn mean_rows(
+        &self,
+        x: &CudaBuffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "mean_rows";
+        check::argument(OP, per_group > 0, || "the mean of no rows".to_owned())?;
+        check::at_least(OP, "x", x.len, &[groups, per_group, width])?;
+        let len = check::at_least(OP, "out", out.len, &[groups, width])?;
+        let (x, out) = (address(&x.data, 0), address(&out.data, 0));
+        let (per_group, width) = (self.small(OP, "rows", per_group)?, self.small(OP, "columns", width)?);
+        run!(self, OP, mean_rows, Grid::each(len), x, groups, per_group, width, out)
+    }
+
+    fn scale_groups(
+        &self,
+        x: &mut CudaBuffer,
+        groups: usize,
+        per_group: usize,
+        width: usize,
+        factor: &CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "scale_groups";
+        let len = check::at_least(OP, "x", x.len, &[groups, per_group, width])?;
+        check::at_least(OP, "factor", factor.len, &[groups, width])?;
+        let (x, factor) = (address(&x.data, 0), address(&factor.data, 0));
+        let (per_group, width) = (self.small(OP, "rows", per_group)?, self.small(OP, "columns", width)?);
+        run!(self, OP, scale_groups, Grid::each(len), x, len, per_group, width, factor)
+    }
+
+    fn bilinear(
+        &self,
+        x: &CudaBuffer,
+        frames: usize,
+        from: (usize, usize),
+        to: (usize, usize),
+        channels: usize,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "bilinear";
+        check::at_least(OP, "x", x.len, &[frames, from.0, from.1, channels])?;
+        let len = check::at_least(OP, "out", out.len, &[frames, to.0, to.1, channels])?;
+        check::argument(OP, len == 0 || (from.0 > 0 && from.1 > 0), || "the input is empty".to_owned())?;
+        let size = |value| self.small(OP, "rows or columns", value);
+        let (height, width, to_height, to_width) = (size(from.0)?, size(from.1)?, size(to.0)?, size(to.1)?);
+        let (x, out, channels) = (address(&x.data, 0), address(&out.data, 0), size(channels)?);
+        run!(self, OP, bilinear, Grid::each(len), x, len, height, width, to_height, to_width, channels, out)
+    }
+
+    fn weighted_sum(&self, parts: &[&CudaBuffer], weights: &[f32], len: usize, out: &mut CudaBuffer) -> Result<()> {
+        const OP: &str = "weighted_sum";
+        check::argument(OP, parts.len() == weights.len(), || {
+            format!("{} parts and {} weights", parts.len(), weights.len())
+        })?;
+        for part in parts {
+            check::at_least(OP, "a part", part.len, &[len])?;
+        }
+        check::at_least(OP, "out", out.len, &[len])?;
+        let mut add_to = 0i32;
+        // No parts make zeros.
+        let pieces = parts.len().div_ceil(8).max(1);
+        for piece in 0..pieces {
+            let mut argument = Parts { part: [0; 8], weight: [0.0; 8] };
+            let mut count = 0i32;
+            for (part, weight) in parts.iter().zip(weights).skip(8 * piece).take(8) {
+                argument.part[count as usize] = address(&part.data, 0);
+                argument.weight[count as usize] = *weight;
+                count += 1;
+            }
+            run!(self, OP, weighted_sum, Grid::each(len), argument, count, len, add_to, address(&out.data, 0))?;
+            add_to = 1;
+        }
+        Ok(())
+    }
+}

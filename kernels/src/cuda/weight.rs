@@ -1,0 +1,128 @@
+//! Weights on the GPU, as kernels take them.
+
+use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::sync::Arc;
+
+use super::{CudaDevice, address};
+use crate::device::Result;
+use crate::scales::Scales;
+use crate::tensor::{DType, HostTensor};
+
+/// `Weight` of cuda/common.cuh.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct WeightArgument {
+    data: u64,
+    scales: u64,
+    row_bytes: i64,
+    rows: i32,
+    depth: i32,
+    kind: i32,
+    scale_kind: i32,
+    group: i32,
+    scales_per_row: i32,
+}
+
+// SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
+unsafe impl DeviceRepr for WeightArgument {}
+
+/// A weight in the GPU's memory; views of its rows share that.
+#[derive(Clone, Debug)]
+pub struct CudaWeight {
+    /// The elements as they are stored, and the scales where there are any.
+    data: Arc<CudaSlice<u8>>,
+    scales: Option<Arc<CudaSlice<u8>>>,
+    argument: WeightArgument,
+    rows: usize,
+    depth: usize,
+    dtype: DType,
+}
+
+/// The kernels' number of a type.
+fn number(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+        DType::I8 => 3,
+        DType::I4 => 4,
+    }
+}
+
+impl CudaWeight {
+    /// Copies a weight to the GPU.
+    pub(super) fn upload(device: &CudaDevice, tensor: &HostTensor) -> Result<Self> {
+        const OP: &str = "weight";
+        let (rows, depth, dtype) = (tensor.rows(), tensor.row_len(), tensor.dtype());
+        let row_bytes = dtype.row_bytes(depth).unwrap_or(0);
+        let data = Arc::new(device.upload(OP, tensor.bytes())?);
+        let mut argument = WeightArgument {
+            data: address(&data, 0),
+            row_bytes: row_bytes as i64,
+            rows: device.small(OP, "rows", rows)?,
+            depth: device.small(OP, "elements of a row", depth)?,
+            kind: number(dtype),
+            group: 1,
+            ..WeightArgument::default()
+        };
+        let scales = match tensor.scales() {
+            None => None,
+            Some(scales) => {
+                let (bytes, kind) = stored(scales);
+                let uploaded = Arc::new(device.upload(OP, &bytes)?);
+                argument.scales = address(&uploaded, 0);
+                argument.scale_kind = number(kind);
+                argument.group = device.small(OP, "elements of a group", scales.group().unwrap_or(depth.max(1)))?;
+                argument.scales_per_row = device.small(OP, "scales of a row", scales.per_row())?;
+                Some(uploaded)
+            }
+        };
+        Ok(CudaWeight { data, scales, argument, rows, depth, dtype })
+    }
+
+    /// Rows `first .. first + count`, which there must be.
+    pub(super) fn view(&self, first: usize, count: usize) -> Self {
+        let mut view = self.clone();
+        let scale_bytes = if view.argument.scale_kind == number(DType::F32) { 4 } else { 2 };
+        view.argument.data += (first * view.argument.row_bytes as usize) as u64;
+        if view.scales.is_some() {
+            view.argument.scales += (first * view.argument.scales_per_row as usize * scale_bytes) as u64;
+        }
+        (view.rows, view.argument.rows) = (count, count as i32);
+        view
+    }
+
+    /// As kernels take it. The memory lives as long as this.
+    pub(super) fn argument(&self) -> WeightArgument {
+        debug_assert!(self.argument.data >= address(&self.data, 0));
+        self.argument
+    }
+
+    /// The first dimension.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// All elements.
+    pub(super) fn elements(&self) -> usize {
+        self.rows * self.depth
+    }
+
+    /// How elements are stored.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+}
+
+/// The scales' bytes and type: those of whole rows as f32.
+fn stored(scales: &Scales) -> (Vec<u8>, DType) {
+    match (scales.of_groups(), scales.of_rows()) {
+        (Some((bytes, dtype)), _) => (bytes.to_vec(), dtype),
+        (None, rows) => (rows.unwrap_or(&[]).iter().flat_map(|scale| scale.to_le_bytes()).collect(), DType::F32),
+    }
+}
