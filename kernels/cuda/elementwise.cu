@@ -54,7 +54,9 @@ extern "C" __global__ void __launch_bounds__(256) weighted_sum(Parts parts, int 
     size_t i = global_index();
     if (i >= len) return;
     float sum = add_to ? out[i] : 0.0f;
-    for (int part = 0; part < count; part++) sum += parts.weight[part] * parts.part[part][i];
+#pragma unroll // an index that is known leaves the pointers where arguments are
+    for (int part = 0; part < 8; part++)
+        if (part < count) sum += parts.weight[part] * parts.part[part][i];
     out[i] = sum;
 }
 EXPORT(weighted_sum)

@@ -37,8 +37,11 @@ kernels! {
     convolution: unfold depthwise3x3 bilinear;
     elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
     linear: linear;
+    matmul: matmul_i4 matmul_i8;
+    matvec: matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;
     norm: layer_norm rms_norm softmax;
     position: rope;
+    quantise: quantise;
 }
 
 /// Gives the image of a file of kernels.

@@ -2,9 +2,20 @@
 //!
 //! This file checks sizes and launches; what runs on the GPU is in cuda/.
 
+/// Launches kernel `$kernel` with arguments that are its own, in number and type.
+macro_rules! run {
+    ($device:expr, $op:expr, $kernel:ident, $grid:expr, $($argument:expr),+ $(,)?) => {{
+        let inner = &*$device.inner;
+        // SAFETY: each call stands beside the sizes it was checked for, and names the kernel's arguments in their order; the
+        // memory is kept by buffers, weights and caches, which give it back in the order of the stream.
+        unsafe { launch(&inner.gpu, $op, &inner.kernels.$kernel, $grid, [$(Argument::new(&$argument)),+]) }
+    }};
+}
+
 mod cache;
 mod driver;
 mod launch;
+mod quantised;
 mod weight;
 
 pub use cache::CudaCache;
@@ -20,6 +31,7 @@ use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, 
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
+use quantised::{Layer, Scratch};
 use weight::WeightArgument;
 
 /// The widest head; cuda/attention.cu has the same number.
@@ -29,7 +41,10 @@ const MEAN_OF: usize = 16;
 
 /// A GPU as a device; clones share it.
 #[derive(Clone, Debug)]
-pub struct CudaDevice(Arc<Inner>);
+pub struct CudaDevice {
+    inner: Arc<Inner>,
+    exact: bool,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -37,6 +52,8 @@ struct Inner {
     kernels: Kernels,
     /// Frequencies of rotary positions by head width and bits of theta.
     frequencies: Mutex<HashMap<(usize, u32), Arc<CudaSlice<f32>>>>,
+    /// Activations as bytes.
+    scratch: Mutex<Scratch>,
 }
 
 /// f32 activations on the GPU.
@@ -74,16 +91,6 @@ arguments! {
     Strides { batches: i64, heads: i64, keys: i64 }
 }
 
-/// Launches kernel `$kernel` with arguments that are its own, in number and type.
-macro_rules! run {
-    ($device:expr, $op:expr, $kernel:ident, $grid:expr, $($argument:expr),+ $(,)?) => {{
-        let inner = &*$device.0;
-        // SAFETY: each call stands beside the sizes it was checked for, and names the kernel's arguments in their order; the
-        // memory is kept by buffers, weights and caches, which give it back in the order of the stream.
-        unsafe { launch(&inner.gpu, $op, &inner.kernels.$kernel, $grid, [$(Argument::new(&$argument)),+]) }
-    }};
-}
-
 /// The address of element `offset` of a slice.
 fn address<T>(slice: &CudaSlice<T>, offset: usize) -> u64 {
     // With one stream and no events there is nothing to wait for, and nothing to record when this ends.
@@ -100,7 +107,7 @@ fn zeros<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
     let too_many = DeviceError::OutOfMemory { bytes: usize::MAX };
     let bytes = len.and_then(|len| len.checked_mul(size_of::<T>())).filter(|&bytes| bytes <= isize::MAX as usize);
     let (Some(len), Some(bytes)) = (len, bytes) else { return Err(too_many) };
-    device.0.gpu.stream.alloc_zeros(len.max(1)).map_err(failed(op, bytes))
+    device.inner.gpu.stream.alloc_zeros(len.max(1)).map_err(failed(op, bytes))
 }
 
 /// The kernels' number of an activation.
@@ -124,7 +131,15 @@ impl CudaDevice {
     ) -> std::result::Result<Self, CudaError> {
         let gpu = driver::open(ordinal)?;
         let kernels = Kernels::load(&gpu, &image)?;
-        Ok(CudaDevice(Arc::new(Inner { gpu, kernels, frequencies: Mutex::default() })))
+        let inner = Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default() };
+        Ok(CudaDevice { inner: Arc::new(inner), exact: false })
+    }
+
+    /// The same with activations in f32 everywhere: slower, and exact but for the rounding of sums. Otherwise activations are
+    /// rounded to bytes where weights are quantised.
+    pub fn exact(mut self) -> Self {
+        self.exact = true;
+        self
     }
 
     /// The names of the files of cuda/ that kernels come from.
@@ -141,7 +156,7 @@ impl CudaDevice {
     /// Bytes on the GPU.
     fn upload(&self, op: &'static str, bytes: &[u8]) -> Result<CudaSlice<u8>> {
         let mut data = zeros(self, op, Some(bytes.len()))?;
-        let stream = &self.0.gpu.stream;
+        let stream = &self.inner.gpu.stream;
         if !bytes.is_empty() {
             stream.memcpy_htod(bytes, &mut data).map_err(failed(op, bytes.len()))?;
             // The bytes may be gone when this returns.
@@ -152,7 +167,7 @@ impl CudaDevice {
 
     /// The frequencies of rotary positions, `[head_dim / 2]`.
     fn frequencies(&self, head_dim: usize, theta: f32) -> Result<Arc<CudaSlice<f32>>> {
-        let mut known = self.0.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.inner.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(frequencies) = known.get(&(head_dim, theta.to_bits())) {
             return Ok(frequencies.clone());
         }
@@ -160,7 +175,7 @@ impl CudaDevice {
         let power = |pair: usize| f64::from(theta).powf(f64::from((2 * pair) as f32 / head_dim as f32)) as f32;
         let values: Vec<f32> = (0..head_dim / 2).map(|pair| 1.0 / power(pair)).collect();
         let mut data = zeros(self, "rope", Some(values.len()))?;
-        let stream = &self.0.gpu.stream;
+        let stream = &self.inner.gpu.stream;
         stream.memcpy_htod(&values, &mut data).map_err(failed("rope", 0))?;
         stream.synchronize().map_err(failed("rope", 0))?;
         let data = Arc::new(data);
@@ -204,8 +219,9 @@ impl Device for CudaDevice {
     type Cache = CudaCache;
 
     fn describe(&self) -> String {
-        let Gpu { name, capability: (major, minor), driver, .. } = &self.0.gpu;
-        format!("{name} (sm_{major}{minor}), CUDA {}.{} driver", driver / 1000, driver % 1000 / 10)
+        let Gpu { name, capability: (major, minor), driver, .. } = &self.inner.gpu;
+        let exact = if self.exact { ", exact" } else { "" };
+        format!("{name} (sm_{major}{minor}){exact}, CUDA {}.{} driver", driver / 1000, driver % 1000 / 10)
     }
 
     fn allocate(&self, len: usize) -> Result<CudaBuffer> {
@@ -221,7 +237,7 @@ impl Device for CudaDevice {
         if data.is_empty() {
             return Ok(());
         }
-        let stream = &self.0.gpu.stream;
+        let stream = &self.inner.gpu.stream;
         let mut to = to.data.slice_mut(offset..end);
         stream.memcpy_htod(data, &mut to).map_err(failed("write", 0))?;
         // The data may be gone when this returns.
@@ -233,7 +249,7 @@ impl Device for CudaDevice {
         if out.is_empty() {
             return Ok(());
         }
-        let stream = &self.0.gpu.stream;
+        let stream = &self.inner.gpu.stream;
         stream.memcpy_dtoh(&from.data.slice(offset..end), out).map_err(failed("read", 0))?;
         stream.synchronize().map_err(failed("read", 0))
     }
@@ -252,7 +268,7 @@ impl Device for CudaDevice {
             return Ok(());
         }
         let mut to = to.data.slice_mut(to_offset..to_end);
-        self.0.gpu.stream.memcpy_dtod(&from.data.slice(from_offset..from_end), &mut to).map_err(failed("copy", 0))
+        self.inner.gpu.stream.memcpy_dtod(&from.data.slice(from_offset..from_end), &mut to).map_err(failed("copy", 0))
     }
 
     fn weight(&self, tensor: &HostTensor) -> Result<CudaWeight> {
@@ -298,9 +314,41 @@ impl Device for CudaDevice {
         check::at_least("linear", "x", x.len, &[rows, depth])?;
         let len = check::at_least("linear", "out", out.len, &[rows, outputs])?;
         let bias = self.bias("linear", bias, outputs)?;
+        if self.in_bytes(weight) {
+            return quantised::linear(self, x, rows, &[Layer::new(weight, bias, activation, out)]);
+        }
         let grid = Grid::blocks([len.div_ceil(128), 1, 1], 128);
         let (x, out) = (address(&x.data, 0), address(&out.data, 0));
         run!(self, "linear", linear, grid, x, rows, weight.argument(), bias, code(activation), out)
+    }
+
+    fn linear_each(
+        &self,
+        x: &CudaBuffer,
+        rows: usize,
+        layers: &[(&CudaWeight, Option<&CudaWeight>, Activation)],
+        outs: &mut [&mut CudaBuffer],
+    ) -> Result<()> {
+        const OP: &str = "linear_each";
+        let first = layers.first().map(|layer| layer.0);
+        let together =
+            |weight: &CudaWeight| self.in_bytes(weight) && first.is_some_and(|first| first.goes_with(weight));
+        if layers.len() > quantised::LAYERS
+            || outs.len() < layers.len()
+            || !layers.iter().all(|layer| together(layer.0))
+        {
+            for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
+                self.linear(x, rows, weight, bias, activation, out)?;
+            }
+            return Ok(());
+        }
+        check::at_least(OP, "x", x.len, &[rows, first.map_or(0, CudaWeight::depth)])?;
+        let mut ready = [Layer::default(); quantised::LAYERS];
+        for ((&(weight, bias, activation), out), ready) in layers.iter().zip(outs).zip(&mut ready) {
+            check::at_least(OP, "out", out.len, &[rows, weight.rows()])?;
+            *ready = Layer::new(weight, self.bias(OP, bias, weight.rows())?, activation, out);
+        }
+        quantised::linear(self, x, rows, &ready[..layers.len()])
     }
 
     fn layer_norm(
@@ -408,6 +456,10 @@ impl Device for CudaDevice {
         run!(self, OP, attention_f32, grid, q, k, v, shape, strides, out)
     }
 
+    fn in_bytes(&self, weight: &CudaWeight) -> bool {
+        !self.exact && weight.dtype().is_scaled()
+    }
+
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CudaCache> {
         check::argument("cache", head_dim <= WIDEST_HEAD, || {
             format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
@@ -483,7 +535,7 @@ impl Device for CudaDevice {
                 let from = head * of_from * part.position..(head * of_from + len) * part.position;
                 let to = head * of_to * part.position..(head * of_to + len) * part.position;
                 let (from, mut to) = (part.from.slice(from), part.to.slice_mut(to));
-                self.0.gpu.stream.memcpy_dtod(&from, &mut to).map_err(failed(OP, 0))?;
+                self.inner.gpu.stream.memcpy_dtod(&from, &mut to).map_err(failed(OP, 0))?;
             }
         }
         Ok(())

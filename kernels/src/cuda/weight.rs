@@ -98,6 +98,22 @@ impl CudaWeight {
         self.argument
     }
 
+    /// Whether layers of these weights can be computed of one x at once.
+    pub(super) fn goes_with(&self, other: &CudaWeight) -> bool {
+        (self.dtype, self.depth, self.chunk()) == (other.dtype, other.depth, other.chunk())
+    }
+
+    /// Elements, 128 at most, that have one scale, of a weight that has scales.
+    pub(super) fn chunk(&self) -> usize {
+        // One scale a row says its depth.
+        if self.argument.scales_per_row > 1 { self.argument.group as usize } else { 128 }.min(128)
+    }
+
+    /// Whether every row begins at a multiple of 16 bytes.
+    pub(super) fn is_aligned(&self) -> bool {
+        self.argument.data.is_multiple_of(16) && (self.argument.row_bytes as u64).is_multiple_of(16)
+    }
+
     /// The first dimension.
     pub(super) fn rows(&self) -> usize {
         self.rows

@@ -1,0 +1,220 @@
+// Quantised linear layers over many rows (prompts, towers). From sm_80 on by mma.sync on bytes, loaded by cp.async; before that by
+// dp4a. Bound by arithmetic.
+//
+// A block of four warps makes a tile of 64 rows × 64 outputs, in steps of 64 elements of the depth. While a step is computed, the
+// next two are on their way. Codes are summed in integers for CHUNK elements, those that share scales, and in f32 beyond.
+#include "quantised.cuh"
+
+constexpr int THREADS = 128;
+constexpr int TILE = 64;
+constexpr int STEP = 64;
+constexpr int STAGES = 3;
+// Bytes behind each row in shared memory: rows begin at different banks.
+constexpr int PAD = 16;
+
+template <int WORDS>
+struct Stage {
+    signed char x[TILE][STEP + PAD];
+    unsigned char weight[TILE][STEP * WORDS / 8 + PAD];
+};
+
+// 16 bytes to shared memory, or zeros.
+__device__ __forceinline__ void copy16(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+    cp_async16(to, from, there);
+#else
+    *(uint4*)to = there ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    cp_async_commit();
+#endif
+}
+
+// Step `step` of x and weight, from `row` and `output` on, to shared memory.
+template <int WORDS>
+__device__ __forceinline__ void load(Stage<WORDS>& stage, const int* codes, int rows, int blocks, int row, const Weight& weight,
+                                     bool aligned, int output, int step) {
+    for (int i = threadIdx.x; i < TILE * STEP / 16; i += THREADS) {
+        int at = i / (STEP / 16), byte = i % (STEP / 16) * 16;
+        // Blocks are filled up with zeros, so that only the last step of an odd number of blocks' half may be missing.
+        bool there = row + at < rows && step * STEP < blocks * BLOCK;
+        const signed char* from = (const signed char*)codes + (size_t)(row + at) * blocks * BLOCK + step * STEP + byte;
+        copy16(&stage.x[at][byte], there ? from : (const signed char*)codes, there);
+    }
+    constexpr int BYTES = STEP * WORDS / 8;
+    for (int i = threadIdx.x; i < TILE * BYTES / 16; i += THREADS) {
+        int at = i / (BYTES / 16), byte = i % (BYTES / 16) * 16;
+        long long start = (long long)step * BYTES + byte;
+        bool there = output + at < weight.rows && start < weight.row_bytes;
+        const unsigned char* from = there ? weight.data + (output + at) * weight.row_bytes + start : weight.data;
+        if (aligned) {
+            copy16(&stage.weight[at][byte], from, there);
+        } else {
+            for (int j = 0; j < 16; j++) stage.weight[at][byte + j] = there && start + j < weight.row_bytes ? from[j] : 0;
+        }
+    }
+}
+
+#if __CUDA_ARCH__ >= 800
+
+// A warp's part of the tile, 32 × 32: two fragments of 16 rows by four of 8 outputs.
+constexpr int ROW_PARTS = 4, OUTPUT_PARTS = 8;
+
+// The row, or output, of the tile that part `part` of this thread's sums is of.
+__device__ __forceinline__ int row_of(int part) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    return warp / 2 * 32 + part * 8 + lane / 4;
+}
+
+__device__ __forceinline__ int output_of(int part) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    return warp % 2 * 32 + part / 2 * 8 + lane % 4 * 2 + part % 2;
+}
+
+// sums += x · weightᵀ over PIECE elements from `piece` · PIECE on.
+template <int WORDS>
+__device__ __forceinline__ void multiply(const Stage<WORDS>& stage, int piece, int (&sums)[ROW_PARTS][OUTPUT_PARTS]) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int row = warp / 2 * 32, output = warp % 2 * 32;
+    uint32_t x[2][4], weight[4][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        ldmatrix_x4(x[i], &stage.x[row + 16 * i + lane % 16][piece * PIECE + lane / 16 * 16]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (WORDS == 8) {
+            if (i % 2 == 1) continue;
+            uint32_t two[4];
+            ldmatrix_x4(two, &stage.weight[output + 8 * i + lane / 16 * 8 + lane % 8][piece * PIECE + lane / 8 % 2 * 16]);
+            weight[i][0] = two[0];
+            weight[i][1] = two[1];
+            weight[i + 1][0] = two[2];
+            weight[i + 1][1] = two[3];
+        } else {
+            const uint32_t* words = (const uint32_t*)&stage.weight[output + 8 * i + lane / 4][piece * PIECE / 2];
+            uint32_t first = words[lane % 4 / 2], second = words[2 + lane % 4 / 2];
+            weight[i][0] = lane % 2 ? odd_values(first) : even_values(first);
+            weight[i][1] = lane % 2 ? odd_values(second) : even_values(second);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int own[4] = {sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j], sums[2 * i + 1][2 * j + 1]};
+            mma_s8(own, x[i], weight[j]);
+            sums[2 * i][2 * j] = own[0];
+            sums[2 * i][2 * j + 1] = own[1];
+            sums[2 * i + 1][2 * j] = own[2];
+            sums[2 * i + 1][2 * j + 1] = own[3];
+        }
+    }
+}
+
+#else
+
+// A thread's part of the tile, 8 × 4.
+constexpr int ROW_PARTS = 8, OUTPUT_PARTS = 4;
+
+__device__ __forceinline__ int row_of(int part) { return threadIdx.x / 16 * ROW_PARTS + part; }
+__device__ __forceinline__ int output_of(int part) { return threadIdx.x % 16 + 16 * part; }
+
+template <int WORDS>
+__device__ __forceinline__ void multiply(const Stage<WORDS>& stage, int piece, int (&sums)[ROW_PARTS][OUTPUT_PARTS]) {
+    for (int four = 0; four < PIECE / 4; four++) {
+        int weight[OUTPUT_PARTS];
+#pragma unroll
+        for (int j = 0; j < OUTPUT_PARTS; j++) {
+            const uint32_t* words = (const uint32_t*)&stage.weight[output_of(j)][piece * PIECE * WORDS / 8];
+            if (WORDS == 8)
+                weight[j] = (int)words[four];
+            else
+                weight[j] = four % 2 ? odd_values(words[four / 2]) : even_values(words[four / 2]);
+        }
+#pragma unroll
+        for (int i = 0; i < ROW_PARTS; i++) {
+            int x = *(const int*)&stage.x[row_of(i)][piece * PIECE + 4 * four];
+#pragma unroll
+            for (int j = 0; j < OUTPUT_PARTS; j++) sums[i][j] = dp4a(x, weight[j], sums[i][j]);
+        }
+    }
+}
+
+#endif
+
+// codes [rows, blocks, 128], scales [rows, blocks] as `quantise` makes them. `chunk`: elements that share scales, 32, 64 or 128.
+template <int WORDS>
+__device__ __forceinline__ void matmul(const int* codes, const float* scales, int rows, int blocks, int chunk,
+                                       const Layers& layers) {
+    DYN_SMEM(memory);
+    Stage<WORDS>* stages = (Stage<WORDS>*)memory;
+    int task = blockIdx.x;
+    const Layer& layer = layer_of(layers, task);
+    const Weight& weight = layer.weight;
+    int row = blockIdx.y * TILE, output = task * TILE;
+    int steps = (weight.depth + STEP - 1) / STEP;
+    auto fetch = [&](int step) {
+        if (step < steps) load<WORDS>(stages[step % STAGES], codes, rows, blocks, row, weight, layer.aligned, output, step);
+        commit();
+    };
+    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    float totals[ROW_PARTS][OUTPUT_PARTS] = {};
+    int sums[ROW_PARTS][OUTPUT_PARTS] = {};
+    for (int step = 0; step < steps; step++) {
+#if __CUDA_ARCH__ >= 800
+        cp_async_wait<STAGES - 2>();
+#endif
+        __syncthreads();
+        // What was computed last is free: everybody is past it.
+        fetch(step + STAGES - 1);
+#pragma unroll
+        for (int piece = 0; piece < STEP / PIECE; piece++) {
+            multiply<WORDS>(stages[step % STAGES], piece, sums);
+            int at = step * STEP + piece * PIECE;
+            if ((at + PIECE) % chunk != 0 && (step + 1 < steps || piece + 1 < STEP / PIECE)) continue;
+            if (at >= weight.depth) at = (weight.depth - 1) / PIECE * PIECE;
+            float of_weight[OUTPUT_PARTS];
+#pragma unroll
+            for (int j = 0; j < OUTPUT_PARTS; j++) {
+                int own = min(output + output_of(j), weight.rows - 1);
+                of_weight[j] = scale_at(weight, own, at) * (WORDS == 4 ? FOUR_BITS_FACTOR : 1.0f);
+            }
+#pragma unroll
+            for (int i = 0; i < ROW_PARTS; i++) {
+                int own = min(row + row_of(i), rows - 1);
+                float of_x = scales[(size_t)own * blocks + at / BLOCK];
+#pragma unroll
+                for (int j = 0; j < OUTPUT_PARTS; j++) {
+                    totals[i][j] += (float)sums[i][j] * (of_x * of_weight[j]);
+                    sums[i][j] = 0;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < OUTPUT_PARTS; j++) {
+        int at = output + output_of(j);
+        if (at >= weight.rows) continue;
+        float bias = layer.bias.data ? flat_at(layer.bias, at) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < ROW_PARTS; i++) {
+            int own = row + row_of(i);
+            if (own < rows) layer.out[(size_t)own * weight.rows + at] = activation(layer.kind, totals[i][j] + bias);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    matmul_i4(const int* codes, const float* scales, int rows, int blocks, int chunk, Layers layers) {
+    matmul<4>(codes, scales, rows, blocks, chunk, layers);
+}
+EXPORT(matmul_i4)
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    matmul_i8(const int* codes, const float* scales, int rows, int blocks, int chunk, Layers layers) {
+    matmul<8>(codes, scales, rows, blocks, chunk, layers);
+}
+EXPORT(matmul_i8)
