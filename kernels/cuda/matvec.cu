@@ -92,8 +92,7 @@ __device__ __forceinline__ void matvec(const int* codes, const float* scales, in
             float sum = warp_sum(sums[output][row]);
             int at = first + output;
             if (lane != 0 || row >= rows || at >= weight.rows) continue;
-            if (layer.bias.data) sum += flat_at(layer.bias, at);
-            layer.out[(size_t)row * weight.rows + at] = activation(layer.kind, sum);
+            finish(layer, row, at, sum);
         }
     }
 }

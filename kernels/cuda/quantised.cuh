@@ -3,7 +3,7 @@
 // As on the CPU, a block of 128 activations of a row becomes signed bytes with one scale (largest magnitude / 127, to nearest,
 // ties to even), and products are summed in integers for as long as weights and activations share their scales.
 #pragma once
-#include "common.cuh"
+#include "layers.cuh"
 
 // Activations that share a scale. Every group of weights lies within a block.
 constexpr int BLOCK = 128;
@@ -16,24 +16,3 @@ __device__ __forceinline__ int odd_values(uint32_t word) { return (int)((word & 
 
 // What products with `even_values` and `odd_values` are too large by.
 constexpr float FOUR_BITS_FACTOR = 1.0f / 16.0f;
-
-// Linear layers of one x, computed by one launch.
-struct Layer {
-    Weight weight, bias;
-    float* out;  // [rows, weight.rows]
-    int kind;    // activation
-    int tasks;   // this layer's share of the warps or blocks
-    int aligned; // every row of the weight begins at a multiple of 16 bytes
-};
-
-struct Layers {
-    Layer layer[3];
-    int count;
-};
-
-// The layer of task `task`, which becomes the number of this layer's task.
-__device__ __forceinline__ const Layer& layer_of(const Layers& layers, int& task) {
-    int index = 0;
-    while (index + 1 < layers.count && task >= layers.layer[index].tasks) task -= layers.layer[index++].tasks;
-    return layers.layer[index];
-}

@@ -36,6 +36,7 @@ kernels! {
     cache: cache_write_f32 cache_write_f16 cache_write_i8;
     convolution: unfold depthwise3x3 bilinear;
     elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
+    float: float_matvec_1 float_matvec_8 float_matmul;
     linear: linear;
     matmul: matmul_i4 matmul_i8;
     matvec: matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;

@@ -15,7 +15,7 @@ macro_rules! run {
 mod cache;
 mod driver;
 mod launch;
-mod quantised;
+mod layers;
 mod weight;
 
 pub use cache::CudaCache;
@@ -31,7 +31,7 @@ use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, 
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
-use quantised::{Layer, Scratch};
+use layers::{Layer, Scratch};
 use weight::WeightArgument;
 
 /// The widest head; cuda/attention.cu has the same number.
@@ -140,6 +140,14 @@ impl CudaDevice {
     pub fn exact(mut self) -> Self {
         self.exact = true;
         self
+    }
+
+    /// Opens GPU number `ordinal` with the kernels of this program.
+    pub fn open(ordinal: usize) -> std::result::Result<Self, CudaError> {
+        let gpu = driver::open(ordinal)?;
+        let hint = "run make cuda".to_owned();
+        let (name, capability) = (gpu.name, gpu.capability);
+        Err(CudaError::Architecture { name, capability, built: "none".to_owned(), hint })
     }
 
     /// The names of the files of cuda/ that kernels come from.
@@ -314,8 +322,8 @@ impl Device for CudaDevice {
         check::at_least("linear", "x", x.len, &[rows, depth])?;
         let len = check::at_least("linear", "out", out.len, &[rows, outputs])?;
         let bias = self.bias("linear", bias, outputs)?;
-        if self.in_bytes(weight) {
-            return quantised::linear(self, x, rows, &[Layer::new(weight, bias, activation, out)]);
+        if !self.exact {
+            return layers::linear(self, x, rows, &[Layer::new(weight, bias, activation, out)]);
         }
         let grid = Grid::blocks([len.div_ceil(128), 1, 1], 128);
         let (x, out) = (address(&x.data, 0), address(&out.data, 0));
@@ -333,22 +341,19 @@ impl Device for CudaDevice {
         let first = layers.first().map(|layer| layer.0);
         let together =
             |weight: &CudaWeight| self.in_bytes(weight) && first.is_some_and(|first| first.goes_with(weight));
-        if layers.len() > quantised::LAYERS
-            || outs.len() < layers.len()
-            || !layers.iter().all(|layer| together(layer.0))
-        {
+        if layers.len() > layers::LAYERS || outs.len() < layers.len() || !layers.iter().all(|layer| together(layer.0)) {
             for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
                 self.linear(x, rows, weight, bias, activation, out)?;
             }
             return Ok(());
         }
         check::at_least(OP, "x", x.len, &[rows, first.map_or(0, CudaWeight::depth)])?;
-        let mut ready = [Layer::default(); quantised::LAYERS];
+        let mut ready = [Layer::default(); layers::LAYERS];
         for ((&(weight, bias, activation), out), ready) in layers.iter().zip(outs).zip(&mut ready) {
             check::at_least(OP, "out", out.len, &[rows, weight.rows()])?;
             *ready = Layer::new(weight, self.bias(OP, bias, weight.rows())?, activation, out);
         }
-        quantised::linear(self, x, rows, &ready[..layers.len()])
+        layers::linear(self, x, rows, &ready[..layers.len()])
     }
 
     fn layer_norm(

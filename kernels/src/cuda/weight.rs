@@ -100,7 +100,9 @@ impl CudaWeight {
 
     /// Whether layers of these weights can be computed of one x at once.
     pub(super) fn goes_with(&self, other: &CudaWeight) -> bool {
-        (self.dtype, self.depth, self.chunk()) == (other.dtype, other.depth, other.chunk())
+        let like =
+            |weight: &CudaWeight| (weight.dtype.is_scaled().then_some((weight.dtype, weight.chunk())), weight.depth);
+        like(self) == like(other)
     }
 
     /// Elements, 128 at most, that have one scale, of a weight that has scales.

@@ -9,10 +9,11 @@ use candor::verify::reward::explanation_reward_of_labels;
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
 use candor::verify::{Assessment, Emotion, GoEmotion, Verifier};
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use clap::Args;
 use serde_json::json;
 
+use crate::device::{Choice, with_device};
 use crate::folders;
 use crate::terminal;
 
@@ -30,7 +31,10 @@ pub(crate) struct VerifyArgs {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-    /// Threads; one for each core if not given.
+    /// Where to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
+    /// Threads of the processor; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
 }
@@ -41,10 +45,13 @@ fn parse_emotion(label: &str) -> Result<Emotion, String> {
 }
 
 pub(crate) fn run(args: VerifyArgs) -> Result<()> {
-    let folder = folders::verifier(args.verifier)?;
+    let folder = folders::verifier(args.verifier.clone())?;
     let text = read_input()?;
     let rationale = inside_tags(&text)?;
-    let mut verifier = Verifier::open(&folder, CpuDevice::new(args.threads))?;
+    with_device!(args.device.open(args.threads)?, device => verify(Verifier::open(&folder, device)?, rationale, &args))
+}
+
+fn verify<D: Device>(mut verifier: Verifier<D>, rationale: &str, args: &VerifyArgs) -> Result<()> {
     let readings = read_sentences(rationale, &mut verifier)?;
     let labels: Vec<Vec<GoEmotion>> = readings.iter().map(|reading| reading.labels.clone()).collect();
     let reward = explanation_reward_of_labels(&labels, args.emotion);

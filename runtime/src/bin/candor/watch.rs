@@ -1,7 +1,7 @@
 //! `candor watch`: says for each window of a source which emotion it shows and why.
 
 use std::io::{self, IsTerminal, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,9 +11,10 @@ use candor::message::say;
 use candor::observation::Observation;
 use candor::text::{HeadRows, Sampling};
 use candor::watch::{Pictures, Plan, Policy, Report, Reuse, WatchSettings, Watcher};
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use clap::Args;
 
+use crate::device::{Choice, Chosen, with_device};
 use crate::{folders, machine, plan, terminal};
 
 /// Exit status of a program that an interrupt ended.
@@ -67,7 +68,10 @@ pub(crate) struct WatchArgs {
     /// never written), or a number of rows. Fewer are faster with a large vocabulary, and can change an answer.
     #[arg(long, default_value_t = HeadRows::All, value_name = "ROWS")]
     head_rows: HeadRows,
-    /// Threads; one for each core if not given.
+    /// Where to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
+    /// Threads of the processor; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
     /// Go on where `candor plan` says that there is too little memory.
@@ -79,10 +83,15 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let stop = stop_on_interrupt()?;
     let folder = folders::model(args.model.clone())?;
     let verifier = plan::verifier(&folder, args.verifier.clone())?;
-    let device = CpuDevice::new(args.threads);
-    if !args.ignore_memory {
+    let device = args.device.open(args.threads)?;
+    // A plan is of the processor's memory.
+    if let (Chosen::Cpu(device), false) = (&device, args.ignore_memory) {
         Plan::new(&folder, &verifier, device.clone(), Pictures::default())?.check(machine::memory_available())?;
     }
+    with_device!(device, device => run_on(device, args, &folder, &verifier, &stop))
+}
+
+fn run_on<D: Device>(device: D, args: WatchArgs, folder: &Path, verifier: &Path, stop: &Arc<AtomicBool>) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let settings = WatchSettings {
         policy: args.policy,
@@ -92,19 +101,19 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
         steady: args.steady,
         head_rows: args.head_rows,
     };
-    let mut watcher = Watcher::open(&folder, Some(&verifier), device, settings)?;
+    let mut watcher = Watcher::open(folder, Some(verifier), device, settings)?;
     if let Some(adapter) = &args.adapter {
         watcher.adapt(adapter)?;
     }
     let mut windows = watcher.windows(args.window, args.step)?;
     windows.steady = args.steady;
     let mut source = Source::open(&args.source, SourceOptions::default())?;
-    source.stop_with(Arc::clone(&stop));
+    source.stop_with(Arc::clone(stop));
     let name = source.name();
 
     let mut report = args.html.map(Report::create).transpose()?;
     let output = Output { json: args.json, colour: terminal::colour(stdout().is_terminal()) };
-    let watched = watch(&mut watcher, &name, Windows::new(source, windows), &output, report.as_mut(), &stop);
+    let watched = watch(&mut watcher, &name, Windows::new(source, windows), &output, report.as_mut(), stop);
     // The page keeps what was seen before a failure.
     let finished = report.map(Report::finish).transpose();
     watched?;
@@ -113,8 +122,8 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
 }
 
 /// Prints an observation for each window, until the source ends, nobody reads any more, or an interrupt came.
-fn watch(
-    watcher: &mut Watcher<CpuDevice>,
+fn watch<D: Device>(
+    watcher: &mut Watcher<D>,
     source: &str,
     windows: Windows,
     output: &Output,

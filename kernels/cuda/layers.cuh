@@ -1,0 +1,29 @@
+// Linear layers of one x, up to three, that are computed by one launch.
+#pragma once
+#include "common.cuh"
+
+struct Layer {
+    Weight weight, bias;
+    float* out;  // [rows, weight.rows]
+    int kind;    // activation
+    int tasks;   // this layer's share of the warps or blocks
+    int aligned; // every row of the weight begins at a multiple of 16 bytes
+};
+
+struct Layers {
+    Layer layer[3];
+    int count;
+};
+
+// The layer of task `task`, which becomes the number of this layer's task.
+__device__ __forceinline__ const Layer& layer_of(const Layers& layers, int& task) {
+    int index = 0;
+    while (index + 1 < layers.count && task >= layers.layer[index].tasks) task -= layers.layer[index++].tasks;
+    return layers.layer[index];
+}
+
+// What becomes of the sum of output `output` of row `row`.
+__device__ __forceinline__ void finish(const Layer& layer, int row, int output, float sum) {
+    if (layer.bias.data) sum += flat_at(layer.bias, output);
+    layer.out[(size_t)row * layer.weight.rows + output] = activation(layer.kind, sum);
+}

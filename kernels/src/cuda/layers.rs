@@ -1,0 +1,184 @@
+//! Linear layers, several of one x in one launch. Where weights are quantised, activations become bytes, once for all.
+
+use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::sync::PoisonError;
+
+use super::launch::{Argument, Grid, launch};
+use super::weight::WeightArgument;
+use super::{CudaBuffer, CudaDevice, CudaWeight, address, code, zeros};
+use crate::device::{Activation, DeviceError, Result};
+use crate::tensor::DType;
+
+const OP: &str = "linear";
+/// Layers of one launch.
+pub(super) const LAYERS: usize = 3;
+/// Activations that share a scale.
+const BLOCK: usize = 128;
+/// Up to this many rows, weights are read once each, by warps of their own.
+const FEW_ROWS: usize = 8;
+/// Outputs of a warp and warps of a block of cuda/matvec.cu and cuda/float.cu.
+const OUTPUTS: usize = 2;
+const WARPS: usize = 4;
+/// Rows and outputs of a block of cuda/matmul.cu and cuda/float.cu, and what the first's stages take of shared memory.
+const TILE: usize = 64;
+const STAGES: usize = 3;
+const STAGE_BYTES: [usize; 2] = [TILE * (64 + 16) + TILE * (32 + 16), 2 * TILE * (64 + 16)];
+
+/// Memory for activations as bytes. It grows to the most that was ever needed.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    codes: Option<CudaSlice<i8>>,
+    scales: Option<CudaSlice<f32>>,
+}
+
+/// A layer and where its output goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Layer {
+    argument: LayerArgument,
+    outputs: usize,
+    depth: usize,
+    chunk: usize,
+    stored: Stored,
+}
+
+/// Which kernels a weight has.
+#[derive(Clone, Copy, Debug, Default)]
+enum Stored {
+    #[default]
+    Float,
+    Four,
+    Eight,
+}
+
+/// `Layer` of cuda/layers.cuh.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct LayerArgument {
+    weight: WeightArgument,
+    bias: WeightArgument,
+    out: u64,
+    kind: i32,
+    tasks: i32,
+    aligned: i32,
+}
+
+/// `Layers` of cuda/layers.cuh.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Layers {
+    layer: [LayerArgument; LAYERS],
+    count: i32,
+}
+
+// SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
+unsafe impl DeviceRepr for Layers {}
+
+impl Layer {
+    /// `out` has as many elements as rows times outputs, `bias` none or as many as outputs.
+    pub(super) fn new(weight: &CudaWeight, bias: WeightArgument, activation: Activation, out: &mut CudaBuffer) -> Self {
+        let argument = LayerArgument {
+            weight: weight.argument(),
+            bias,
+            out: address(&out.data, 0),
+            kind: code(activation),
+            tasks: 0,
+            aligned: i32::from(weight.is_aligned()),
+        };
+        Layer {
+            argument,
+            outputs: weight.rows(),
+            depth: weight.depth(),
+            chunk: weight.chunk(),
+            stored: match weight.dtype() {
+                DType::I4 => Stored::Four,
+                DType::I8 => Stored::Eight,
+                _ => Stored::Float,
+            },
+        }
+    }
+}
+
+/// A slice of at least `len` elements; what stood there may be lost.
+fn grown<'a, T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
+    device: &CudaDevice,
+    slice: &'a mut Option<CudaSlice<T>>,
+    len: Option<usize>,
+) -> Result<&'a CudaSlice<T>> {
+    let enough = slice.as_ref().zip(len).is_some_and(|(slice, len)| slice.len() >= len);
+    if !enough {
+        // Given back first: there may be no room for both.
+        *slice = None;
+        *slice = Some(zeros(device, OP, len)?);
+    }
+    slice.as_ref().ok_or(DeviceError::OutOfMemory { bytes: 0 })
+}
+
+/// What layers of weights that go with each other make of x `[rows, depth]`.
+pub(super) fn linear(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer]) -> Result<()> {
+    let Some(&Layer { stored, .. }) = layers.first() else { return Ok(()) };
+    let mut argument = Layers::default();
+    let mut tasks = 0;
+    for (layer, argument) in layers.iter().zip(&mut argument.layer) {
+        let own = layer.outputs.div_ceil(if rows <= FEW_ROWS { OUTPUTS } else { TILE });
+        *argument = layer.argument;
+        argument.tasks = device.small(OP, "outputs", own)?;
+        tasks += own;
+    }
+    argument.count = layers.len() as i32;
+    let grid = if rows <= FEW_ROWS {
+        Grid::blocks([if rows == 0 { 0 } else { tasks.div_ceil(WARPS) }, 1, 1], 32 * WARPS as u32)
+    } else {
+        Grid::blocks([tasks, rows.div_ceil(TILE), 1], 128)
+    };
+    match stored {
+        Stored::Float => {
+            let (x, count) = (address(&x.data, 0), device.small(OP, "rows", rows)?);
+            match rows {
+                ..=1 => run!(device, OP, float_matvec_1, grid, x, count, argument),
+                ..=FEW_ROWS => run!(device, OP, float_matvec_8, grid, x, count, argument),
+                _ => run!(device, OP, float_matmul, grid, x, count, argument),
+            }
+        }
+        Stored::Four => of_bytes(device, x, rows, layers, grid, argument, true),
+        Stored::Eight => of_bytes(device, x, rows, layers, grid, argument, false),
+    }
+}
+
+/// [`linear`] of quantised layers.
+fn of_bytes(
+    device: &CudaDevice,
+    x: &CudaBuffer,
+    rows: usize,
+    layers: &[Layer],
+    grid: Grid,
+    argument: Layers,
+    four: bool,
+) -> Result<()> {
+    let Some(&Layer { depth, chunk, .. }) = layers.first().filter(|_| rows > 0) else { return Ok(()) };
+    let blocks = depth.div_ceil(BLOCK);
+    let count = rows.checked_mul(blocks);
+    let mut scratch = device.inner.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let Scratch { codes, scales } = &mut *scratch;
+    let codes = grown(device, codes, count.and_then(|count| count.checked_mul(BLOCK)))?;
+    let scales = grown(device, scales, count)?;
+    let (codes, scales, count) = (address(codes, 0), address(scales, 0), rows * blocks);
+    let (depth, words) = (device.small(OP, "columns", depth)?, i32::from(four));
+    let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
+    let quantise_grid = Grid::blocks([count.div_ceil(128 / 32), 1, 1], 128);
+    run!(device, OP, quantise, quantise_grid, address(&x.data, 0), count, blocks, depth, words, codes, scales)?;
+    if rows <= FEW_ROWS {
+        return match (four, rows) {
+            (true, 1) => run!(device, OP, matvec_i4_1, grid, codes, scales, total, blocks, argument),
+            (true, _) => run!(device, OP, matvec_i4_8, grid, codes, scales, total, blocks, argument),
+            (false, 1) => run!(device, OP, matvec_i8_1, grid, codes, scales, total, blocks, argument),
+            (false, _) => run!(device, OP, matvec_i8_8, grid, codes, scales, total, blocks, argument),
+        };
+    }
+    let grid = Grid { shared: STAGES * STAGE_BYTES[usize::from(!four)], ..grid };
+    let chunk = chunk as i32;
+    if four {
+        run!(device, OP, matmul_i4, grid, codes, scales, total, blocks, chunk, argument)
+    } else {
+        run!(device, OP, matmul_i8, grid, codes, scales, total, blocks, chunk, argument)
+    }
+}
