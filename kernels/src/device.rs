@@ -171,6 +171,11 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn write(&self, data: &[f32], to: &mut Self::Buffer, offset: usize) -> Result<()>;
     /// Device to host: `out = from[offset ..]`.
     fn read(&self, from: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<()>;
+    /// Waits until every operation so far is done. Operations may be under way when their call returns; what they read of the
+    /// host's memory they have read by then, and [`Device::read`] waits by itself.
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
     /// `to[to_offset .. +len] = from[from_offset .. +len]`.
     fn copy(
         &self,

@@ -43,6 +43,7 @@ kernels! {
     norm: layer_norm rms_norm softmax;
     position: rope;
     quantise: quantise;
+    roof: read_all multiply_all;
 }
 
 /// Gives the image of a file of kernels.

@@ -16,6 +16,7 @@ mod cache;
 mod driver;
 mod launch;
 mod layers;
+mod roof;
 mod weight;
 
 pub use cache::CudaCache;
@@ -260,6 +261,10 @@ impl Device for CudaDevice {
         let stream = &self.inner.gpu.stream;
         stream.memcpy_dtoh(&from.data.slice(offset..end), out).map_err(failed("read", 0))?;
         stream.synchronize().map_err(failed("read", 0))
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.inner.gpu.stream.synchronize().map_err(failed("wait", 0))
     }
 
     fn copy(

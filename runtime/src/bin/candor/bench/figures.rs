@@ -13,7 +13,8 @@ use crate::memory;
 pub(super) struct Report {
     pub(super) model: String,
     pub(super) device: String,
-    pub(super) threads: usize,
+    /// Null on a GPU.
+    pub(super) threads: Option<usize>,
     pub(super) repeat: u32,
     pub(super) stages: Vec<Measured>,
     /// How fast memory was read.
@@ -21,8 +22,8 @@ pub(super) struct Report {
     /// How fast f32 were multiplied and added.
     pub(super) compute_roof_gflop_s: f64,
     pub(super) peak_rss_mb: Option<f64>,
-    /// What it was to be, before anything was loaded.
-    pub(super) planned_mb: f64,
+    /// What it was to be, before anything was loaded; null on a GPU.
+    pub(super) planned_mb: Option<f64>,
 }
 
 /// What a run of a stage makes.
@@ -170,13 +171,13 @@ mod tests {
         let mut report = Report {
             model: String::new(),
             device: String::new(),
-            threads: 1,
+            threads: Some(1),
             repeat: 3,
             stages: vec![measured],
             read_roof_gb_s: 8.0,
             compute_roof_gflop_s: 1.0,
             peak_rss_mb: None,
-            planned_mb: 0.0,
+            planned_mb: None,
         };
         report.hold_against_roofs();
         assert_eq!(report.stages[0].read_roof_percent, Some(25.0));

@@ -19,8 +19,10 @@ use candor::model::{Classifier, Model};
 use candor::watch::Plan;
 use candor_kernels::Device;
 use candor_kernels::cpu::{CpuDevice, PlanDevice, measure_arithmetic, measure_read_bandwidth};
+use candor_kernels::cuda::CudaDevice;
 use clap::ValueEnum;
 
+use crate::device::{Choice, with_device};
 use crate::{folders, machine, memory};
 use figures::{Figures, Measured, Report, Times};
 use stages::{Decoding, Prompt, SentenceReader, Window};
@@ -41,7 +43,10 @@ pub(crate) struct Bench {
     /// Stages to time, parted by commas; all that the model has if not given.
     #[arg(long, value_name = "STAGES", value_delimiter = ',')]
     stages: Vec<Stage>,
-    /// Threads; one for each core if not given.
+    /// Where to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
+    /// Threads of the processor; one for each core if not given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Runs of each stage to time; every figure is the median over them.
@@ -93,16 +98,58 @@ pub(crate) fn run(arguments: Bench) -> Result<()> {
     Ok(())
 }
 
+/// A device and what its memory and arithmetic give.
+trait Measurable: Device {
+    /// Threads, where it has some.
+    fn threads(&self) -> Option<usize>;
+    /// What the stages will take of the processor's memory, where that can be said.
+    fn plan(&self, arguments: &Bench, folder: &Path, verifier: Option<&Path>) -> Result<Option<Plan>>;
+    /// GB/s and GFLOP/s.
+    fn roofs(&self) -> Result<(f64, f64)>;
+}
+
+impl Measurable for CpuDevice {
+    fn threads(&self) -> Option<usize> {
+        Some(self.pool().threads())
+    }
+
+    fn plan(&self, arguments: &Bench, folder: &Path, verifier: Option<&Path>) -> Result<Option<Plan>> {
+        arguments.plan(folder, verifier, self).map(Some)
+    }
+
+    fn roofs(&self) -> Result<(f64, f64)> {
+        Ok((measure_read_bandwidth(self.pool(), ROOF_BYTES), measure_arithmetic(self.pool())))
+    }
+}
+
+impl Measurable for CudaDevice {
+    fn threads(&self) -> Option<usize> {
+        None
+    }
+
+    fn plan(&self, _: &Bench, _: &Path, _: Option<&Path>) -> Result<Option<Plan>> {
+        Ok(None)
+    }
+
+    fn roofs(&self) -> Result<(f64, f64)> {
+        Ok((self.measure_read_bandwidth(ROOF_BYTES)?, self.measure_arithmetic()?))
+    }
+}
+
 fn measure(arguments: &Bench) -> Result<Report> {
+    let device = arguments.device.open(arguments.threads.map(usize::from))?;
+    with_device!(device, device => measure_on(&device, arguments))
+}
+
+fn measure_on<D: Measurable>(device: &D, arguments: &Bench) -> Result<Report> {
     let folder = folders::model(arguments.model.clone())?;
     let manifest = Manifest::open(&folder)?;
-    let device = CpuDevice::new(arguments.threads.map(usize::from));
     let repeat = arguments.repeat as usize;
 
     let verifier = arguments.verifier.clone().or_else(|| manifest.verifier_folder());
     let verifier = verifier.filter(|_| arguments.needs_verifier());
-    let plan = arguments.plan(&folder, verifier.as_deref(), &device)?;
-    if !arguments.ignore_memory {
+    let plan = device.plan(arguments, &folder, verifier.as_deref())?;
+    if let (Some(plan), false) = (&plan, arguments.ignore_memory) {
         plan.check(machine::memory_available())?;
     }
 
@@ -126,16 +173,17 @@ fn measure(arguments: &Bench) -> Result<Report> {
     }
     // Before the roofs are measured, which takes a large buffer.
     let peak_rss_mb = memory::bytes("VmHWM").map(|bytes| bytes as f64 / 1e6);
+    let (read_roof_gb_s, compute_roof_gflop_s) = device.roofs()?;
     let mut report = Report {
         model: format!("{} {}", manifest.model.name, manifest.model.version),
         device: device.describe(),
-        threads: device.pool().threads(),
+        threads: device.threads(),
         repeat: arguments.repeat,
         stages: measured,
-        read_roof_gb_s: measure_read_bandwidth(device.pool(), ROOF_BYTES),
-        compute_roof_gflop_s: measure_arithmetic(device.pool()),
+        read_roof_gb_s,
+        compute_roof_gflop_s,
         peak_rss_mb,
-        planned_mb: plan.total() as f64 / 1e6,
+        planned_mb: plan.map(|plan| plan.total() as f64 / 1e6),
     };
     report.hold_against_roofs();
     Ok(report)
@@ -221,11 +269,11 @@ impl Stage {
         }
     }
 
-    fn measure(
+    fn measure<D: Device>(
         self,
         arguments: &Bench,
-        model: &mut Model<CpuDevice>,
-        verifier: Option<&mut SentenceReader<CpuDevice>>,
+        model: &mut Model<D>,
+        verifier: Option<&mut SentenceReader<D>>,
         bytes: &Bytes,
         measured: &mut Vec<Measured>,
     ) -> Result<()> {

@@ -16,7 +16,8 @@ pub(super) fn print(report: &Report) -> io::Result<()> {
         report.read_roof_gb_s, report.compute_roof_gflop_s
     ))?;
     if let Some(peak) = report.peak_rss_mb {
-        say(format_args!("  peak memory {peak:.1} MB resident, {:.1} MB planned", report.planned_mb))?;
+        let planned = report.planned_mb.map_or(String::new(), |planned| format!(", {planned:.1} MB planned"));
+        say(format_args!("  peak memory {peak:.1} MB resident{planned}"))?;
     }
     Ok(())
 }

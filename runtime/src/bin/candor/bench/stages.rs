@@ -56,11 +56,13 @@ impl<D: Device> Window<D> {
 
     pub(super) fn see(&mut self, model: &mut Model<D>) -> Result<()> {
         let frames: Vec<&[u8]> = self.frames.iter().map(Vec::as_slice).collect();
-        Ok(model.vision_features_rgb(&frames, &mut self.features)?)
+        model.vision_features_rgb(&frames, &mut self.features)?;
+        Ok(model.device().wait()?)
     }
 
     pub(super) fn project(&mut self, model: &mut Model<D>) -> Result<()> {
-        Ok(model.video_tokens(&self.features, self.gate, &mut self.video)?)
+        model.video_tokens(&self.features, self.gate, &mut self.video)?;
+        Ok(model.device().wait()?)
     }
 }
 
@@ -80,7 +82,8 @@ impl<D: Device> Sound<D> {
 
     pub(super) fn hear(&mut self, model: &mut Model<D>) -> Result<()> {
         model.audio_states(&self.mel, &mut self.states)?;
-        Ok(model.audio_tokens(&self.states, &mut self.tokens)?)
+        model.audio_tokens(&self.states, &mut self.tokens)?;
+        Ok(model.device().wait()?)
     }
 }
 
