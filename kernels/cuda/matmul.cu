@@ -195,16 +195,11 @@ __device__ __forceinline__ void matmul(const int* codes, const float* scales, in
         }
     }
 #pragma unroll
-    for (int j = 0; j < OUTPUT_PARTS; j++) {
-        int at = output + output_of(j);
-        if (at >= weight.rows) continue;
-        float bias = layer.bias.data ? flat_at(layer.bias, at) : 0.0f;
+    for (int i = 0; i < ROW_PARTS; i++)
 #pragma unroll
-        for (int i = 0; i < ROW_PARTS; i++) {
-            int own = row + row_of(i);
-            if (own < rows) layer.out[(size_t)own * weight.rows + at] = activation(layer.kind, totals[i][j] + bias);
-        }
-    }
+        for (int j = 0; j < OUTPUT_PARTS; j++)
+            if (row + row_of(i) < rows && output + output_of(j) < weight.rows)
+                finish(layer, row + row_of(i), output + output_of(j), totals[i][j]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -2,7 +2,7 @@
 // memory.
 //
 // A warp takes OUTPUTS rows of the weight; each lane a piece of 32 elements of each, then the piece 32 further on. Layers of
-// one x, up to three, go in one launch.
+// one x, up to three, go in one launch. A gate goes with what it is multiplied by: a warp takes a row of each.
 #include "quantised.cuh"
 
 constexpr int OUTPUTS = 2;
@@ -58,18 +58,19 @@ template <int ROWS, int WORDS>
 __device__ __forceinline__ void matvec(const int* codes, const float* scales, int rows, int blocks, const Layers& layers) {
     int task = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     const Layer& layer = layer_of(layers, task);
-    const Weight& weight = layer.weight;
     if (task >= layer.tasks) return;
-    int first = task * OUTPUTS;
+    int first = layers.gated ? task : task * OUTPUTS;
     float sums[OUTPUTS][ROWS] = {};
-    int pieces = (weight.depth + PIECE - 1) / PIECE;
+    int pieces = (layer.weight.depth + PIECE - 1) / PIECE;
     for (int piece = lane; piece < pieces; piece += 32) {
         uint32_t words[OUTPUTS][WORDS];
         float factors[OUTPUTS];
 #pragma unroll
         for (int output = 0; output < OUTPUTS; output++) {
-            int row = min(first + output, weight.rows - 1);
-            load_piece(weight, weight.data + row * weight.row_bytes, piece, layer.aligned, words[output]);
+            const Weight& weight = layers.gated ? layers.layer[output].weight : layer.weight;
+            bool aligned = layers.gated ? layers.layer[output].aligned : layer.aligned;
+            int row = layers.gated ? first : min(first + output, weight.rows - 1);
+            load_piece(weight, weight.data + row * weight.row_bytes, piece, aligned, words[output]);
             factors[output] = scale_at(weight, row, piece * PIECE) * (WORDS == 4 ? FOUR_BITS_FACTOR : 1.0f);
         }
 #pragma unroll
@@ -86,14 +87,17 @@ __device__ __forceinline__ void matvec(const int* codes, const float* scales, in
         }
     }
 #pragma unroll
-    for (int output = 0; output < OUTPUTS; output++) {
+    for (int row = 0; row < ROWS; row++) {
 #pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            float sum = warp_sum(sums[output][row]);
-            int at = first + output;
-            if (lane != 0 || row >= rows || at >= weight.rows) continue;
-            finish(layer, row, at, sum);
+        for (int output = 0; output < OUTPUTS; output++) sums[output][row] = warp_sum(sums[output][row]);
+        if (lane != 0 || row >= rows) continue;
+        if (layers.gated) {
+            layer.out[(size_t)row * layer.weight.rows + first] = activation(layer.kind, sums[0][row]) * sums[1][row];
+            continue;
         }
+#pragma unroll
+        for (int output = 0; output < OUTPUTS; output++)
+            if (first + output < layer.weight.rows) finish(layer, row, first + output, sums[output][row]);
     }
 }
 

@@ -219,6 +219,40 @@ pub trait Device: Clone + Send + Sync + 'static {
         }
         Ok(())
     }
+    /// `x[i] += (y · weightᵀ + bias)[i]` for the `len` elements of the layer's output, `[rows, out]`: what a layer adds to the
+    /// residual stream. `scratch` has room for them.
+    #[allow(clippy::too_many_arguments)] // what a layer has, and the two that are added
+    fn linear_add(
+        &self,
+        y: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        len: usize,
+        scratch: &mut Self::Buffer,
+        x: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.linear(y, rows, weight, bias, Activation::Identity, scratch)?;
+        self.add(x, scratch, len)
+    }
+    /// `out[i] = activation(x · gateᵀ)[i] · (x · upᵀ)[i]` for the `len` elements of each layer's output, `[rows, out]`: a gated
+    /// MLP's (Shazeer 2020). `scratch` has room for them.
+    #[allow(clippy::too_many_arguments)] // two layers, and what is shared
+    fn linear_gated(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        activation: Activation,
+        len: usize,
+        scratch: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        let layers = [(gate, None, activation), (up, None, Activation::Identity)];
+        self.linear_each(x, rows, &layers, &mut [&mut *out, &mut *scratch])?;
+        self.multiply(out, scratch, len)
+    }
     /// `out = (x - mean) / sqrt(variance + eps) · weight + bias` over each row of `[rows, width]`, width from `weight`.
     fn layer_norm(
         &self,
@@ -287,6 +321,25 @@ pub trait Device: Clone + Send + Sync + 'static {
         cache: &mut Self::Cache,
         first: usize,
     ) -> Result<()>;
+    /// Turns q `[rows, heads · head_dim]` and k to positions `first ..` ([`Device::rope`]), and puts k and v there
+    /// ([`Device::cache_write`]). Afterwards nobody reads k.
+    #[allow(clippy::too_many_arguments)] // those of the three operations that it is
+    fn rope_and_write(
+        &self,
+        q: &mut Self::Buffer,
+        k: &mut Self::Buffer,
+        v: &Self::Buffer,
+        rows: usize,
+        heads: [usize; 2],
+        head_dim: usize,
+        cache: &mut Self::Cache,
+        first: usize,
+        theta: f32,
+    ) -> Result<()> {
+        self.rope(q, rows, heads[0], head_dim, first, theta)?;
+        self.rope(k, rows, heads[1], head_dim, first, theta)?;
+        self.cache_write(k, v, rows, cache, first)
+    }
     /// Makes the first `positions` positions those of another cache of the same type, heads and width.
     fn cache_copy(&self, from: &Self::Cache, to: &mut Self::Cache, positions: usize) -> Result<()>;
     /// [`Device::attention`] of one sequence to the first `shape.keys` positions of a cache.

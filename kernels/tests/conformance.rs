@@ -27,7 +27,10 @@ macro_rules! on_every_level {
     )*};
 }
 
-on_every_level! { buffers embed linear norms activations elementwise positions softmax_rows rope attention unfold depthwise groups bilinear }
+on_every_level! {
+    buffers embed linear norms activations elementwise positions softmax_rows rope attention unfold depthwise groups
+    bilinear several_at_once
+}
 
 /// To the bit where activations are not rounded, and elsewhere for views that begin and end at multiples of 16 rows: the last
 /// few rows of a product of bytes are summed another way than those that come in fours.

@@ -60,6 +60,7 @@ struct LayerArgument {
     kind: i32,
     tasks: i32,
     aligned: i32,
+    add: i32,
 }
 
 /// `Layers` of cuda/layers.cuh.
@@ -68,6 +69,7 @@ struct LayerArgument {
 struct Layers {
     layer: [LayerArgument; LAYERS],
     count: i32,
+    gated: i32,
 }
 
 // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
@@ -83,6 +85,7 @@ impl Layer {
             kind: code(activation),
             tasks: 0,
             aligned: i32::from(weight.is_aligned()),
+            add: 0,
         };
         Layer {
             argument,
@@ -95,6 +98,14 @@ impl Layer {
                 _ => Stored::Float,
             },
         }
+    }
+}
+
+impl Layer {
+    /// The same, added to what is in its output.
+    pub(super) fn added(mut self) -> Self {
+        self.argument.add = 1;
+        self
     }
 }
 
@@ -115,8 +126,22 @@ fn grown<'a, T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
 
 /// What layers of weights that go with each other make of x `[rows, depth]`.
 pub(super) fn linear(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer]) -> Result<()> {
-    let Some(&Layer { stored, .. }) = layers.first() else { return Ok(()) };
-    let mut argument = Layers::default();
+    compute(device, x, rows, layers, false)
+}
+
+/// Whether [`gated`] does this.
+pub(super) fn is_gated_at_once(rows: usize, gate: &CudaWeight, up: &CudaWeight) -> bool {
+    rows <= FEW_ROWS && gate.dtype().is_scaled() && gate.goes_with(up) && gate.rows() == up.rows()
+}
+
+/// The first layer's output, its activation on it, times the second's, in the first's out.
+pub(super) fn gated(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: [Layer; 2]) -> Result<()> {
+    compute(device, x, rows, &layers, true)
+}
+
+fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], gated: bool) -> Result<()> {
+    let Some(&Layer { stored, outputs, .. }) = layers.first() else { return Ok(()) };
+    let mut argument = Layers { gated: i32::from(gated), ..Layers::default() };
     let mut tasks = 0;
     for (layer, argument) in layers.iter().zip(&mut argument.layer) {
         let own = layer.outputs.div_ceil(if rows <= FEW_ROWS { OUTPUTS } else { TILE });
@@ -125,6 +150,11 @@ pub(super) fn linear(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &
         tasks += own;
     }
     argument.count = layers.len() as i32;
+    if gated {
+        // A warp takes an output of both.
+        (tasks, argument.count) = (outputs, 1);
+        argument.layer[0].tasks = device.small(OP, "outputs", outputs)?;
+    }
     let grid = if rows <= FEW_ROWS {
         Grid::blocks([if rows == 0 { 0 } else { tasks.div_ceil(WARPS) }, 1, 1], 32 * WARPS as u32)
     } else {

@@ -88,6 +88,8 @@ arguments! {
     }
     /// `Shape` of cuda/attention.cu.
     Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }
+    /// `Turn` of cuda/cache.cu.
+    Turn { heads: i32, key_heads: i32, pairs: i32, first: i32, frequencies: u64 }
     /// `Strides` of cuda/attention.cu.
     Strides { batches: i64, heads: i64, keys: i64 }
 }
@@ -361,6 +363,52 @@ impl Device for CudaDevice {
         layers::linear(self, x, rows, &ready[..layers.len()])
     }
 
+    fn linear_add(
+        &self,
+        y: &CudaBuffer,
+        rows: usize,
+        weight: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        len: usize,
+        scratch: &mut CudaBuffer,
+        x: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "linear_add";
+        let (outputs, depth) = (weight.rows(), weight.depth());
+        check::at_least(OP, "y", y.len, &[rows, depth])?;
+        let all = check::at_least(OP, "x", x.len, &[rows, outputs])?;
+        if self.exact || all != len {
+            self.linear(y, rows, weight, bias, Activation::Identity, scratch)?;
+            return self.add(x, scratch, len);
+        }
+        let layer = Layer::new(weight, self.bias(OP, bias, outputs)?, Activation::Identity, x).added();
+        layers::linear(self, y, rows, &[layer])
+    }
+
+    fn linear_gated(
+        &self,
+        x: &CudaBuffer,
+        rows: usize,
+        gate: &CudaWeight,
+        up: &CudaWeight,
+        activation: Activation,
+        len: usize,
+        scratch: &mut CudaBuffer,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        const OP: &str = "linear_gated";
+        check::at_least(OP, "x", x.len, &[rows, gate.depth()])?;
+        let all = check::at_least(OP, "out", out.len, &[rows, gate.rows()])?;
+        if self.exact || all != len || !layers::is_gated_at_once(rows, gate, up) {
+            let layers = [(gate, None, activation), (up, None, Activation::Identity)];
+            self.linear_each(x, rows, &layers, &mut [&mut *out, &mut *scratch])?;
+            return self.multiply(out, scratch, len);
+        }
+        let none = WeightArgument::default();
+        let up = Layer::new(up, none, Activation::Identity, scratch);
+        layers::gated(self, x, rows, [Layer::new(gate, none, activation, out), up])
+    }
+
     fn layer_norm(
         &self,
         x: &CudaBuffer,
@@ -524,6 +572,66 @@ impl Device for CudaDevice {
                     key_scales,
                     values,
                     value_scales,
+                )
+            }
+        }
+    }
+
+    fn rope_and_write(
+        &self,
+        q: &mut CudaBuffer,
+        k: &mut CudaBuffer,
+        v: &CudaBuffer,
+        rows: usize,
+        heads: [usize; 2],
+        head_dim: usize,
+        cache: &mut CudaCache,
+        first: usize,
+        theta: f32,
+    ) -> Result<()> {
+        const OP: &str = "rope_and_write";
+        check::at_least(OP, "q", q.len, &[rows, heads[0], head_dim])?;
+        let len = check::at_least(OP, "k", k.len, &[rows, heads[1], head_dim])?;
+        check::at_least(OP, "v", v.len, &[len])?;
+        check::range(OP, "the cache", cache.capacity, first, rows)?;
+        check::argument(OP, head_dim.is_multiple_of(2), || format!("head width {head_dim} is odd"))?;
+        check::argument(OP, (cache.key_heads, cache.head_dim) == (heads[1], head_dim), || {
+            format!("{} key heads {head_dim} wide are not what the cache holds", heads[1])
+        })?;
+        let capacity = self.small(OP, "positions", cache.capacity)?;
+        let frequencies = self.frequencies(head_dim, theta)?;
+        let turn = Turn {
+            heads: self.small(OP, "heads", heads[0])?,
+            key_heads: self.small(OP, "key heads", heads[1])?,
+            pairs: self.small(OP, "pairs", head_dim / 2)?,
+            first: first as i32,
+            frequencies: address(&frequencies, 0),
+        };
+        let grid = Grid::blocks([rows, heads[0] + heads[1], 1], 32);
+        let [q, k, v] = [&q.data, &k.data, &v.data].map(|slice| address(slice, 0));
+        let [keys, values] = cache.elements();
+        match cache.kind {
+            CacheType::F32 => run!(self, OP, rope_write_f32, grid, q, k, v, turn, capacity, keys, values),
+            CacheType::F16 => run!(self, OP, rope_write_f16, grid, q, k, v, turn, capacity, keys, values),
+            CacheType::I8 => {
+                let (averaged, mean) = (rows.min(MEAN_OF) as i32, cache.mean());
+                let [of_keys, of_values] = cache.scales();
+                run!(
+                    self,
+                    OP,
+                    rope_write_i8,
+                    grid,
+                    q,
+                    k,
+                    v,
+                    turn,
+                    capacity,
+                    averaged,
+                    mean,
+                    keys,
+                    of_keys,
+                    values,
+                    of_values
                 )
             }
         }

@@ -3,7 +3,7 @@
 
 pub(crate) mod attention;
 
-use candor_kernels::{Activation, AttentionShape, DType, Device, DeviceError, HostTensor, Scales, Unfold};
+use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -641,4 +641,77 @@ pub(crate) fn bilinear<D: Device>(device: &D) {
     let (x, mut out) = (t.buffer(&[0.0; 4]), t.output(4));
     assert!(device.bilinear(&x, 1, (0, 2), (2, 2), 1, &mut out).is_err());
     assert!(device.bilinear(&x, 1, (2, 2), (4, 4), 1, &mut out).is_err());
+}
+
+/// Operations that are several others at once, against those.
+pub(crate) fn several_at_once<D: Device>(device: &D) {
+    let mut t = test(device);
+    let read = |buffer: &D::Buffer, len: usize| {
+        let mut values = vec![0.0; len];
+        device.read(buffer, 0, &mut values).expect("long enough");
+        wide(&values)
+    };
+    for (rows, outputs, depth) in [(1, 6, 64), (3, 33, 40), (8, 17, 100), (20, 70, 131)] {
+        for dtype in TYPES {
+            let (x, start) = (t.numbers(rows * depth), t.numbers(rows * outputs));
+            let ((a, _), (b, _)) = (t.weight(dtype, &[outputs, depth]), t.weight(dtype, &[outputs, depth]));
+            let (bias, _) = t.weight(DType::F32, &[outputs]);
+            let (x, len) = (t.buffer(&x), rows * outputs);
+            let (mut one, mut two, mut scratch) = (t.output(len), t.output(len), t.output(len));
+            device.linear(&x, rows, &a, Some(&bias), Activation::Identity, &mut one).expect("fits");
+            let expected: Vec<f64> = read(&one, len).iter().zip(wide(&start)).map(|(a, b)| a + b).collect();
+            device.write(&start, &mut one, 0).expect("fits");
+            device.linear_add(&x, rows, &a, Some(&bias), len, &mut scratch, &mut one).expect("fits");
+            t.check_sums(&format!("linear_add {rows}x{outputs}x{depth} {dtype}"), &one, &expected, 10.0);
+            t.check_mark("linear_add", &one, len);
+
+            device.linear(&x, rows, &a, None, Activation::Silu, &mut one).expect("fits");
+            device.linear(&x, rows, &b, None, Activation::Identity, &mut two).expect("fits");
+            let expected: Vec<f64> = read(&one, len).iter().zip(read(&two, len)).map(|(a, b)| a * b).collect();
+            device.linear_gated(&x, rows, &a, &b, Activation::Silu, len, &mut scratch, &mut one).expect("fits");
+            t.check_sums(&format!("linear_gated {rows}x{outputs}x{depth} {dtype}"), &one, &expected, 10.0);
+            t.check_mark("linear_gated", &one, len);
+            assert!(device.linear_add(&x, rows + 1, &a, None, len, &mut scratch, &mut one).is_err());
+            assert!(device.linear_gated(&x, rows + 1, &a, &b, Activation::Silu, len, &mut scratch, &mut one).is_err());
+        }
+    }
+    let (heads, key_heads, head_dim, theta) = (6, 2, 20, 1e4);
+    for kind in [CacheType::F32, CacheType::F16, CacheType::I8] {
+        let caches = || device.cache(kind, 40, key_heads, head_dim).expect("memory");
+        let (mut cache, mut other) = (caches(), caches());
+        for (first, rows) in [(0, 19), (19, 1), (20, 3)] {
+            let width = [heads, key_heads].map(|heads| rows * heads * head_dim);
+            let (q, k, v) = (t.numbers(width[0]), t.numbers(width[1]), t.numbers(width[1]));
+            let v = t.buffer(&v);
+            let (mut q1, mut k1, mut q2, mut k2) = (t.buffer(&q), t.buffer(&k), t.buffer(&q), t.buffer(&k));
+            device.rope(&mut q1, rows, heads, head_dim, first, theta).expect("fits");
+            device.rope(&mut k1, rows, key_heads, head_dim, first, theta).expect("fits");
+            device.cache_write(&k1, &v, rows, &mut cache, first).expect("fits");
+            let heads_of = [heads, key_heads];
+            device
+                .rope_and_write(&mut q2, &mut k2, &v, rows, heads_of, head_dim, &mut other, first, theta)
+                .expect("fits");
+            t.check("rope_and_write", &q2, &read(&q1, width[0]));
+            let shape = AttentionShape {
+                batch: 1,
+                queries: rows,
+                keys: first + rows,
+                heads,
+                key_heads,
+                head_dim,
+                causal: true,
+                scale: 0.2,
+                rounded: false,
+            };
+            let (mut one, mut two) = (t.output(width[0]), t.output(width[0]));
+            device.cache_attention(&q1, &cache, shape, &mut one).expect("fits");
+            device.cache_attention(&q2, &other, shape, &mut two).expect("fits");
+            t.check(&format!("a cache of {kind:?} from {first}"), &two, &read(&one, width[0]));
+            let mut write = |rows, first| {
+                device.rope_and_write(&mut q2, &mut k2, &v, rows, heads_of, head_dim, &mut other, first, theta)
+            };
+            assert!(write(rows, 1000).is_err());
+            assert!(write(rows + 1, 0).is_err());
+        }
+    }
 }

@@ -125,9 +125,8 @@ impl<D: Device> Batch<D> {
                 device.copy(&work.query, row * query_width, one_query, 0, query_width)?;
                 device.copy(&work.key, row * key_width, one_key, 0, key_width)?;
                 device.copy(&work.value, row * key_width, one_value, 0, key_width)?;
-                device.rope(one_query, 1, heads, head_dim, position, theta)?;
-                device.rope(one_key, 1, key_heads, head_dim, position, theta)?;
-                device.cache_write(one_key, one_value, 1, cache, position)?;
+                let of_heads = [heads, key_heads];
+                device.rope_and_write(one_query, one_key, one_value, 1, of_heads, head_dim, cache, position, theta)?;
                 device.cache_attention(one_query, cache, decoder.attention(1, position + 1), one_out)?;
                 device.copy(one_out, 0, &mut work.attended, row * query_width, query_width)?;
             }

@@ -96,6 +96,50 @@ impl<D: Device> Projection<D> {
             activation => device.activate(activation, out, elements),
         }
     }
+
+    /// x `[rows, out]` += what comes of y `[rows, in]`.
+    fn add(
+        &self,
+        device: &D,
+        y: &D::Buffer,
+        rows: usize,
+        work: &mut LowRankWork<D>,
+        scratch: &mut D::Buffer,
+        x: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        let elements = rows * self.outputs;
+        if self.low_rank.is_none() {
+            return self.linear.add(device, y, rows, elements, scratch, x);
+        }
+        self.forward(device, y, rows, Activation::Identity, work, scratch)?;
+        device.add(x, scratch, elements)
+    }
+
+    /// The weight, where there is nothing else.
+    fn plain(&self) -> Option<&D::Weight> {
+        match self.linear.with(Activation::Identity) {
+            (weight, None, _) if self.low_rank.is_none() => Some(weight),
+            _ => None,
+        }
+    }
+}
+
+/// The gated projections of x, `silu(gate) · up`, in the first of outs.
+fn forward_gated<D: Device>(
+    device: &D,
+    x: &D::Buffer,
+    rows: usize,
+    [gate, up]: [&Projection<D>; 2],
+    work: &mut LowRankWork<D>,
+    [out, scratch]: [&mut D::Buffer; 2],
+) -> Result<(), DeviceError> {
+    let elements = rows * gate.outputs;
+    if let (Some(gate), Some(up)) = (gate.plain(), up.plain()) {
+        return device.linear_gated(x, rows, gate, up, Activation::Silu, elements, scratch, out);
+    }
+    let each = [(gate, Activation::Silu), (up, Activation::Identity)];
+    forward_each(device, x, rows, each, work, [&mut *out, &mut *scratch])?;
+    device.multiply(out, scratch, elements)
 }
 
 /// Several projections of one x, at once where no adapter is beside any of them.
@@ -290,7 +334,7 @@ impl<D: Device> Decoder<D> {
         mut mix: impl FnMut(usize, &mut Work<D>) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         let Decoder { device, config, layers, norm, .. } = self;
-        let DecoderConfig { width, mlp, eps, .. } = *config;
+        let eps = config.eps;
         let identity = Activation::Identity;
         for (index, layer) in layers.iter().enumerate() {
             let Work { x, normed, query, key, value, low_rank, .. } = &mut *work;
@@ -299,14 +343,10 @@ impl<D: Device> Decoder<D> {
             forward_each(device, normed, rows, each, low_rank, [query, key, value])?;
             mix(index, work)?;
             let Work { x, normed, attended, gate, up, low_rank, .. } = &mut *work;
-            layer.output.forward(device, attended, rows, identity, low_rank, normed)?;
-            device.add(x, normed, rows * width)?;
+            layer.output.add(device, attended, rows, low_rank, normed, x)?;
             device.rms_norm(x, rows, &layer.mlp_norm, eps, normed)?;
-            let each = [(&layer.gate, Activation::Silu), (&layer.up, identity)];
-            forward_each(device, normed, rows, each, low_rank, [gate, up])?;
-            device.multiply(gate, up, rows * mlp)?;
-            layer.down.forward(device, gate, rows, identity, low_rank, normed)?;
-            device.add(x, normed, rows * width)?;
+            forward_gated(device, normed, rows, [&layer.gate, &layer.up], low_rank, [gate, up])?;
+            layer.down.add(device, gate, rows, low_rank, normed, x)?;
         }
         let Work { x, normed, .. } = work;
         device.rms_norm(x, rows, norm, eps, normed)
@@ -576,9 +616,7 @@ impl<D: Device> Session<D> {
         decoder.forward(work, rows, |layer, work| {
             let Work { query, key, value, attended, .. } = work;
             let cache = &mut caches[layer];
-            device.rope(query, rows, heads, head_dim, first, theta)?;
-            device.rope(key, rows, key_heads, head_dim, first, theta)?;
-            device.cache_write(key, value, rows, cache, first)?;
+            device.rope_and_write(query, key, value, rows, [heads, key_heads], head_dim, cache, first, theta)?;
             device.cache_attention(query, cache, shape, attended)
         })?;
         device.copy(&work.normed, 0, states, first * width, rows * width)?;

@@ -130,12 +130,10 @@ impl<D: Device> Encoder<D> {
         let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
         device.linear_each(normed, rows, &each, &mut [query, key, value])?;
         device.attention(query, key, value, attention(device, shape, layer, batch, length), attended)?;
-        layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
-        device.add(x, normed, len)?;
+        layer.output.add(device, attended, rows, len, normed, x)?;
         layer.mlp_norm.forward(device, x, rows, normed)?;
         layer.up.forward(device, normed, rows, shape.activation, inner)?;
-        layer.down.forward(device, inner, rows, Activation::Identity, normed)?;
-        device.add(x, normed, len)
+        layer.down.add(device, inner, rows, len, normed, x)
     }
 
     fn layer_norm_after(
@@ -152,12 +150,10 @@ impl<D: Device> Encoder<D> {
         let each = [&layer.query, &layer.key, &layer.value].map(|linear| linear.with(Activation::Identity));
         device.linear_each(x, rows, &each, &mut [query, key, value])?;
         device.attention(query, key, value, attention(device, shape, layer, batch, length), attended)?;
-        layer.output.forward(device, attended, rows, Activation::Identity, normed)?;
-        device.add(x, normed, len)?;
+        layer.output.add(device, attended, rows, len, normed, x)?;
         layer.attention_norm.forward(device, x, rows, normed)?;
         layer.up.forward(device, normed, rows, shape.activation, inner)?;
-        layer.down.forward(device, inner, rows, Activation::Identity, attended)?;
-        device.add(normed, attended, len)?;
+        layer.down.add(device, inner, rows, len, attended, normed)?;
         layer.mlp_norm.forward(device, normed, rows, x)
     }
 }

@@ -82,6 +82,19 @@ impl<D: Device> Linear<D> {
         device.linear(x, rows, &self.weight, self.bias.as_ref(), activation, out)
     }
 
+    /// [`Device::linear_add`]: y `[rows, from]`, x `[rows, to]` of `len` elements.
+    pub(super) fn add(
+        &self,
+        device: &D,
+        y: &D::Buffer,
+        rows: usize,
+        len: usize,
+        scratch: &mut D::Buffer,
+        x: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        device.linear_add(y, rows, &self.weight, self.bias.as_ref(), len, scratch, x)
+    }
+
     /// What it is for [`Device::linear_each`].
     pub(super) fn with(&self, activation: Activation) -> (&D::Weight, Option<&D::Weight>, Activation) {
         (&self.weight, self.bias.as_ref(), activation)
