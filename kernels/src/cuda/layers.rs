@@ -15,7 +15,7 @@ pub(super) const LAYERS: usize = 3;
 /// Activations that share a scale.
 const BLOCK: usize = 128;
 /// Up to this many rows, weights are read once each, by warps of their own.
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 /// Outputs of a warp and warps of a block of cuda/matvec.cu and cuda/float.cu.
 const OUTPUTS: usize = 2;
 const WARPS: usize = 4;

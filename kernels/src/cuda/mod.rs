@@ -16,6 +16,7 @@ mod cache;
 mod driver;
 mod launch;
 mod layers;
+pub mod ledger;
 mod roof;
 mod weight;
 

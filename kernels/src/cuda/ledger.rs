@@ -1,0 +1,540 @@
+//! The CUDA device on paper: it takes the same calls as [`super::CudaDevice`], computes nothing, and keeps books of every launch
+//! that device would make on a board: bytes, operations, and the time that follows from what the board gives (Williams, Waterman
+//! and Patterson 2009, the roofline model).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::layers::{FEW_ROWS, LAYERS};
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::tensor::{DType, HostTensor};
+
+/// A board's figures, dense (without sparsity), from its maker's data sheets.
+#[derive(Clone, Copy, Debug)]
+pub struct Board {
+    /// As `candor bench --model-of` takes it.
+    pub name: &'static str,
+    /// What it is called, with the power mode that the figures are of.
+    pub title: &'static str,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// 10⁹ bytes a second.
+    pub bandwidth_gb_s: f64,
+    /// 10¹² operations a second on bytes: tensor cores, or dp4a where kernels have nothing better (sm_72).
+    pub bytes_tops: f64,
+    /// 10¹² operations a second in f32.
+    pub f32_tflops: f64,
+    /// Decoding speed of the best published engine with int4 weights, tokens/s, and of what; see docs/performance.md.
+    pub published: Option<f64>,
+}
+
+/// The boards that are known.
+pub const BOARDS: [Board; 6] = [
+    Board {
+        name: "orin-nano",
+        title: "Jetson Orin Nano Super 8 GB, 25 W",
+        capability: (8, 7),
+        bandwidth_gb_s: 102.0,
+        bytes_tops: 33.0,
+        f32_tflops: 2.1,
+        published: Some(61.0),
+    },
+    Board {
+        name: "orin-nx",
+        title: "Jetson Orin NX 16 GB, 25 W",
+        capability: (8, 7),
+        bandwidth_gb_s: 102.0,
+        bytes_tops: 30.0,
+        f32_tflops: 1.9,
+        published: Some(98.9),
+    },
+    Board {
+        name: "agx-orin",
+        title: "Jetson AGX Orin 64 GB, MAXN",
+        capability: (8, 7),
+        bandwidth_gb_s: 205.0,
+        bytes_tops: 85.0,
+        f32_tflops: 5.3,
+        published: Some(162.5),
+    },
+    Board {
+        name: "agx-xavier",
+        title: "Jetson AGX Xavier 32 GB, MAXN",
+        capability: (7, 2),
+        bandwidth_gb_s: 136.5,
+        bytes_tops: 5.6,
+        f32_tflops: 1.4,
+        published: None,
+    },
+    Board {
+        name: "thor",
+        title: "Jetson AGX Thor T5000, MAXN",
+        capability: (11, 0),
+        bandwidth_gb_s: 273.0,
+        bytes_tops: 517.0,
+        f32_tflops: 8.0,
+        published: Some(253.0),
+    },
+    Board {
+        name: "h100",
+        title: "H100 SXM 80 GB",
+        capability: (9, 0),
+        bandwidth_gb_s: 3350.0,
+        bytes_tops: 1979.0,
+        f32_tflops: 67.0,
+        published: None,
+    },
+];
+
+/// What a board's figures are taken to come to in use.
+#[derive(Clone, Copy, Debug)]
+pub struct Assumptions {
+    /// Share of the bandwidth that a kernel that reads alone comes to.
+    pub bandwidth: f64,
+    /// Share of the operations a second that a large product comes to.
+    pub arithmetic: f64,
+    /// Seconds from one launch to the next: a kernel that does nothing takes as long.
+    pub launch_s: f64,
+}
+
+impl Default for Assumptions {
+    fn default() -> Self {
+        Assumptions { bandwidth: 0.8, arithmetic: 0.4, launch_s: 4e-6 }
+    }
+}
+
+/// What the launches of one kernel come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Entry {
+    /// Launches.
+    pub launches: u64,
+    /// Bytes read and written.
+    pub bytes: f64,
+    /// Operations on bytes, and in f32.
+    pub byte_operations: f64,
+    /// In f32.
+    pub float_operations: f64,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+impl Entry {
+    fn add(&mut self, other: &Entry) {
+        self.launches += other.launches;
+        self.bytes += other.bytes;
+        self.byte_operations += other.byte_operations;
+        self.float_operations += other.float_operations;
+        self.seconds += other.seconds;
+    }
+}
+
+/// The books, by kernel.
+#[derive(Clone, Debug, Default)]
+pub struct Books(pub BTreeMap<&'static str, Entry>);
+
+impl Books {
+    /// All kernels together.
+    pub fn total(&self) -> Entry {
+        self.0.values().fold(Entry::default(), |mut total, entry| {
+            total.add(entry);
+            total
+        })
+    }
+}
+
+/// The CUDA device on paper; clones keep the same books.
+#[derive(Clone, Debug)]
+pub struct LedgerDevice {
+    board: Board,
+    assumptions: Assumptions,
+    books: Arc<Mutex<Books>>,
+}
+
+/// A buffer that is not there.
+#[derive(Debug)]
+pub struct LedgerBuffer(usize);
+
+/// A cache that is not there.
+#[derive(Debug)]
+pub struct LedgerCache(CacheType, usize);
+
+/// A weight that is looked at and not read.
+#[derive(Clone, Debug)]
+pub struct LedgerWeight(HostTensor);
+
+impl LedgerWeight {
+    fn outputs(&self) -> usize {
+        self.0.rows()
+    }
+
+    /// Bytes of elements and scales.
+    fn bytes(&self) -> f64 {
+        let scales = self.0.scales().map_or(0, |scales| {
+            let size = scales.of_groups().map_or(4, |(_, dtype)| dtype.row_bytes(1).unwrap_or(4));
+            scales.per_row() * self.0.rows() * size
+        });
+        (self.0.bytes().len() + scales) as f64
+    }
+}
+
+const F32: f64 = 4.0;
+
+impl LedgerDevice {
+    /// Keeps books of what would run on a board.
+    pub fn new(board: Board, assumptions: Assumptions) -> Self {
+        LedgerDevice { board, assumptions, books: Arc::default() }
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        // Sums are whole whoever panicked.
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The books, which begin anew.
+    pub fn take(&self) -> Books {
+        std::mem::take(&mut *self.books())
+    }
+
+    /// Books a launch.
+    fn launch(&self, kernel: &'static str, bytes: f64, byte_operations: f64, float_operations: f64) {
+        let Assumptions { bandwidth, arithmetic, launch_s } = self.assumptions;
+        let read = bytes / (self.board.bandwidth_gb_s * 1e9 * bandwidth);
+        let computed = byte_operations / (self.board.bytes_tops * 1e12 * arithmetic)
+            + float_operations / (self.board.f32_tflops * 1e12 * arithmetic);
+        let seconds = read.max(computed).max(launch_s);
+        let entry = Entry { launches: 1, bytes, byte_operations, float_operations, seconds };
+        self.books().0.entry(kernel).or_default().add(&entry);
+    }
+
+    /// An element-wise kernel over `len` elements, with so many buffers read or written.
+    fn elementwise(&self, kernel: &'static str, len: usize, buffers: usize) {
+        if len > 0 {
+            self.launch(kernel, F32 * (len * buffers) as f64, 0.0, len as f64);
+        }
+    }
+
+    /// Layers of one x in one launch, and the rounding of x where their products are of bytes.
+    fn layers(&self, rows: usize, weights: &[&LedgerWeight], outs: usize) {
+        let Some(first) = weights.first().filter(|_| rows > 0) else { return };
+        let depth = first.0.row_len();
+        let outputs: usize = weights.iter().map(|weight| weight.outputs()).sum();
+        let operations = 2.0 * rows as f64 * depth as f64 * outputs as f64;
+        let stored: f64 = weights.iter().map(|weight| weight.bytes()).sum();
+        let out = F32 * rows as f64 * outs as f64;
+        let x = (rows * depth) as f64;
+        let (kernel, byte_operations, float_operations, read) = match first.0.dtype() {
+            DType::I4 | DType::I8 => {
+                self.launch("quantise", F32 * x + x, 0.0, 2.0 * x);
+                let four = first.0.dtype() == DType::I4;
+                let kernel = match (rows <= FEW_ROWS, four) {
+                    (true, true) => "matvec_i4",
+                    (true, false) => "matvec_i8",
+                    (false, true) => "matmul_i4",
+                    (false, false) => "matmul_i8",
+                };
+                (kernel, operations, 0.0, x)
+            }
+            _ => (if rows <= FEW_ROWS { "float_matvec" } else { "float_matmul" }, 0.0, operations, F32 * x),
+        };
+        self.launch(kernel, stored + read + out, byte_operations, float_operations);
+    }
+
+    fn attend(&self, kernel: &'static str, shape: &AttentionShape, key_bytes: f64) {
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, .. } = *shape;
+        let seen = if causal { keys as f64 - (queries as f64 - 1.0) / 2.0 } else { keys as f64 };
+        let operations = 4.0 * (batch * queries * heads * head_dim) as f64 * seen;
+        let own = 2.0 * F32 * (batch * queries * heads * head_dim) as f64;
+        let cached = batch as f64 * keys as f64 * key_heads as f64 * key_bytes;
+        self.launch(kernel, own + cached, 0.0, operations);
+    }
+}
+
+impl Device for LedgerDevice {
+    type Buffer = LedgerBuffer;
+    type Cache = LedgerCache;
+    type Weight = LedgerWeight;
+
+    fn describe(&self) -> String {
+        format!("{}, on paper", self.board.title)
+    }
+
+    fn allocate(&self, len: usize) -> Result<LedgerBuffer> {
+        Ok(LedgerBuffer(len))
+    }
+
+    fn len(&self, buffer: &LedgerBuffer) -> usize {
+        buffer.0
+    }
+
+    fn write(&self, _: &[f32], _: &mut LedgerBuffer, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, _: &LedgerBuffer, _: usize, out: &mut [f32]) -> Result<()> {
+        out.fill(0.0);
+        Ok(())
+    }
+
+    fn copy(&self, _: &LedgerBuffer, _: usize, _: &mut LedgerBuffer, _: usize, len: usize) -> Result<()> {
+        self.elementwise("copy", len, 2);
+        Ok(())
+    }
+
+    fn weight(&self, tensor: &HostTensor) -> Result<LedgerWeight> {
+        Ok(LedgerWeight(tensor.clone()))
+    }
+
+    fn weight_rows(&self, weight: &LedgerWeight, first: usize, count: usize) -> Result<LedgerWeight> {
+        let reason = || format!("rows from {first} on, {count} of them, of a weight of {}", weight.0.rows());
+        let view = weight.0.rows_view(first, count);
+        view.map(LedgerWeight).ok_or_else(|| DeviceError::Argument { op: "weight_rows", reason: reason() })
+    }
+
+    fn embed(&self, table: &LedgerWeight, ids: &[u32], _: &mut LedgerBuffer, _: usize) -> Result<()> {
+        ids.chunks(64).for_each(|ids| self.elementwise("embed", ids.len() * table.0.row_len(), 2));
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        _: &LedgerBuffer,
+        rows: usize,
+        weight: &LedgerWeight,
+        _: Option<&LedgerWeight>,
+        _: Activation,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.layers(rows, &[weight], weight.outputs());
+        Ok(())
+    }
+
+    fn linear_each(
+        &self,
+        x: &LedgerBuffer,
+        rows: usize,
+        layers: &[(&LedgerWeight, Option<&LedgerWeight>, Activation)],
+        outs: &mut [&mut LedgerBuffer],
+    ) -> Result<()> {
+        let weights: Vec<&LedgerWeight> = layers.iter().map(|layer| layer.0).collect();
+        let like = |weight: &LedgerWeight| (weight.0.dtype(), weight.0.row_len());
+        if weights.len() > LAYERS || weights.iter().any(|weight| like(weight) != like(weights[0])) {
+            for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
+                self.linear(x, rows, weight, bias, activation, out)?;
+            }
+            return Ok(());
+        }
+        self.layers(rows, &weights, weights.iter().map(|weight| weight.outputs()).sum());
+        Ok(())
+    }
+
+    fn linear_add(
+        &self,
+        _: &LedgerBuffer,
+        rows: usize,
+        weight: &LedgerWeight,
+        _: Option<&LedgerWeight>,
+        _: usize,
+        _: &mut LedgerBuffer,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.layers(rows, &[weight], 2 * weight.outputs());
+        Ok(())
+    }
+
+    fn linear_gated(
+        &self,
+        _: &LedgerBuffer,
+        rows: usize,
+        gate: &LedgerWeight,
+        up: &LedgerWeight,
+        _: Activation,
+        len: usize,
+        _: &mut LedgerBuffer,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        if rows <= FEW_ROWS && gate.0.dtype().is_scaled() && gate.0.dtype() == up.0.dtype() {
+            self.layers(rows, &[gate, up], gate.outputs());
+        } else {
+            self.layers(rows, &[gate, up], gate.outputs() + up.outputs());
+            self.elementwise("multiply", len, 3);
+        }
+        Ok(())
+    }
+
+    fn layer_norm(
+        &self,
+        _: &LedgerBuffer,
+        rows: usize,
+        weight: &LedgerWeight,
+        _: &LedgerWeight,
+        _: f32,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("layer_norm", rows * weight.0.elements(), 2);
+        Ok(())
+    }
+
+    fn rms_norm(
+        &self,
+        _: &LedgerBuffer,
+        rows: usize,
+        weight: &LedgerWeight,
+        _: f32,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("rms_norm", rows * weight.0.elements(), 2);
+        Ok(())
+    }
+
+    fn activate(&self, _: Activation, _: &mut LedgerBuffer, len: usize) -> Result<()> {
+        self.elementwise("activate", len, 2);
+        Ok(())
+    }
+
+    fn add(&self, _: &mut LedgerBuffer, _: &LedgerBuffer, len: usize) -> Result<()> {
+        self.elementwise("add", len, 3);
+        Ok(())
+    }
+
+    fn multiply(&self, _: &mut LedgerBuffer, _: &LedgerBuffer, len: usize) -> Result<()> {
+        self.elementwise("multiply", len, 3);
+        Ok(())
+    }
+
+    fn add_positions(&self, _: &mut LedgerBuffer, rows: usize, table: &LedgerWeight, _: usize) -> Result<()> {
+        self.elementwise("add_positions", rows * table.0.row_len(), 3);
+        Ok(())
+    }
+
+    fn softmax(&self, _: &LedgerBuffer, rows: usize, width: usize, _: &mut LedgerBuffer) -> Result<()> {
+        self.elementwise("softmax", rows * width, 2);
+        Ok(())
+    }
+
+    fn rope(&self, _: &mut LedgerBuffer, rows: usize, heads: usize, width: usize, _: usize, _: f32) -> Result<()> {
+        self.elementwise("rope", rows * heads * width, 2);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        _: &LedgerBuffer,
+        _: &LedgerBuffer,
+        _: &LedgerBuffer,
+        shape: AttentionShape,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.attend("attention", &shape, 2.0 * F32 * shape.head_dim as f64);
+        Ok(())
+    }
+
+    fn in_bytes(&self, weight: &LedgerWeight) -> bool {
+        weight.0.dtype().is_scaled()
+    }
+
+    fn cache(&self, kind: CacheType, _: usize, key_heads: usize, _: usize) -> Result<LedgerCache> {
+        Ok(LedgerCache(kind, key_heads))
+    }
+
+    fn cache_write(
+        &self,
+        _: &LedgerBuffer,
+        _: &LedgerBuffer,
+        rows: usize,
+        cache: &mut LedgerCache,
+        _: usize,
+    ) -> Result<()> {
+        self.elementwise("cache_write", rows * cache.1, 4);
+        Ok(())
+    }
+
+    fn rope_and_write(
+        &self,
+        _: &mut LedgerBuffer,
+        _: &mut LedgerBuffer,
+        _: &LedgerBuffer,
+        rows: usize,
+        heads: [usize; 2],
+        head_dim: usize,
+        _: &mut LedgerCache,
+        _: usize,
+        _: f32,
+    ) -> Result<()> {
+        self.elementwise("rope_write", rows * (heads[0] + 2 * heads[1]) * head_dim, 2);
+        Ok(())
+    }
+
+    fn cache_copy(&self, _: &LedgerCache, _: &mut LedgerCache, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn cache_attention(
+        &self,
+        _: &LedgerBuffer,
+        cache: &LedgerCache,
+        shape: AttentionShape,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.attend("cache_attention", &shape, cache.0.position_bytes(1, shape.head_dim) as f64);
+        Ok(())
+    }
+
+    fn unfold(&self, _: &LedgerBuffer, unfold: Unfold, _: &mut LedgerBuffer) -> Result<()> {
+        self.elementwise("unfold", unfold.output().iter().product::<usize>() * unfold.column(), 2);
+        Ok(())
+    }
+
+    fn depthwise3x3(
+        &self,
+        _: &LedgerBuffer,
+        size: [usize; 3],
+        weight: &LedgerWeight,
+        _: Option<&LedgerWeight>,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("depthwise3x3", size.iter().product::<usize>() * weight.outputs(), 2);
+        Ok(())
+    }
+
+    fn mean_rows(
+        &self,
+        _: &LedgerBuffer,
+        groups: usize,
+        rows: usize,
+        width: usize,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("mean_rows", groups * rows * width, 1);
+        Ok(())
+    }
+
+    fn scale_groups(
+        &self,
+        _: &mut LedgerBuffer,
+        groups: usize,
+        rows: usize,
+        width: usize,
+        _: &LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("scale_groups", groups * rows * width, 2);
+        Ok(())
+    }
+
+    fn bilinear(
+        &self,
+        _: &LedgerBuffer,
+        frames: usize,
+        _: (usize, usize),
+        to: (usize, usize),
+        channels: usize,
+        _: &mut LedgerBuffer,
+    ) -> Result<()> {
+        self.elementwise("bilinear", frames * to.0 * to.1 * channels, 2);
+        Ok(())
+    }
+
+    fn weighted_sum(&self, parts: &[&LedgerBuffer], _: &[f32], len: usize, _: &mut LedgerBuffer) -> Result<()> {
+        self.elementwise("weighted_sum", len, parts.len() + 1);
+        Ok(())
+    }
+}
