@@ -1,0 +1,57 @@
+#!/bin/sh
+# Builds the stand-in driver: `cuda-standin.sh OUT_DIR [COMPILER FLAGS...]` compiles the emulator, the stand-in and every
+# kernel of kernels/cuda into OUT_DIR/libcuda.so.1, which runs the kernels on the CPU. Put OUT_DIR first in
+# LD_LIBRARY_PATH, or load the library by its path before the driver is looked for. Files are compiled side by side,
+# each into one object, and only if it or a header changed. CUDA_STANDIN_SOURCES names further .cu files.
+set -eu
+
+fail() {
+    printf 'cuda-standin: %s\n' "$*" >&2
+    exit 1
+}
+
+[ $# -ge 1 ] || fail "usage: cuda-standin.sh OUT_DIR [COMPILER FLAGS...]"
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/../kernels/cuda"
+compiler=${CXX:-g++}
+command -v "$compiler" >/dev/null || fail "the C++ compiler $compiler was not found. Install g++ 12 or later (scripts/setup.sh does), or set CXX."
+
+flags="-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra"
+# Thread-local variables of a library are found quickly only this way; 64-bit ARM always does so.
+[ "$(uname -m)" != x86_64 ] || flags="$flags -mtls-dialect=gnu2"
+# Conversions of half numbers in one instruction, where this computer has it.
+! grep -qw f16c /proc/cpuinfo 2>/dev/null || flags="$flags -mf16c"
+flags="$flags $*"
+
+common=$(cat ./*.cuh host/*.h | sha256sum)
+version=$("$compiler" --version | head -n 1)
+objects=""
+stale=""
+for source in host/cuda_host.cpp host/libcuda.cpp ./*.cu ${CUDA_STANDIN_SOURCES-}; do
+    [ -e "$source" ] || continue
+    key=$(printf '%s\n' "$version" "$flags" "$common" "$(sha256sum <"$source")" | sha256sum | cut -c 1-16)
+    object="$out/$(basename "$source").$key.o"
+    objects="$objects $object"
+    [ -e "$object" ] || stale="$stale $source $object"
+done
+
+compile='"$0" $1 -I. -Ihost -include host/cuda_host.h -x c++ -c "$2" -o "$3.$$" && mv "$3.$$" "$3"'
+# The words of $stale are pairs of a source and its object.
+# shellcheck disable=SC2086
+[ -z "$stale" ] || printf '%s %s\n' $stale |
+    xargs -P "${CUDA_STANDIN_JOBS:-2}" -n 2 sh -c "$compile" "$compiler" "$flags" ||
+    fail "the compiler failed (its messages stand above)"
+
+# The name that cudarc and others look for first; with it a library that is loaded already is found again.
+library="$out/libcuda.so.1"
+key=$(printf '%s\n' "$flags" "$objects" | sha256sum)
+if [ ! -e "$library" ] || [ "$(cat "$out/libcuda.key" 2>/dev/null)" != "$key" ]; then
+    # shellcheck disable=SC2086
+    "$compiler" $flags -shared -Wl,-soname,libcuda.so -o "$library.$$" $objects || fail "linking failed"
+    mv "$library.$$" "$library"
+    ln -sf libcuda.so.1 "$out/libcuda.so"
+    printf '%s\n' "$key" >"$out/libcuda.key"
+fi
+printf '%s\n' "$library"
