@@ -18,7 +18,7 @@ cd "$(dirname "$0")/../kernels/cuda"
 compiler=${CXX:-g++}
 command -v "$compiler" >/dev/null || fail "the C++ compiler $compiler was not found. Install g++ 12 or later (scripts/setup.sh does), or set CXX."
 
-flags="-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra"
+flags="-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas"
 # Thread-local variables of a library are found quickly only this way; 64-bit ARM always does so.
 [ "$(uname -m)" != x86_64 ] || flags="$flags -mtls-dialect=gnu2"
 # Conversions of half numbers in one instruction, where this computer has it.

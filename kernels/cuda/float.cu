@@ -24,8 +24,8 @@ __device__ __forceinline__ void load8(const Weight& weight, const unsigned char*
                 values[2 * i] = __uint_as_float(words[i] << 16);
                 values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
             } else {
-                float2 two = __half22float2(*(const __half2*)&words[i]);
-                values[2 * i] = two.x, values[2 * i + 1] = two.y;
+                values[2 * i] = __half2float(__ushort_as_half((unsigned short)words[i]));
+                values[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(words[i] >> 16)));
             }
         }
         return;

@@ -100,7 +100,7 @@ fn tensor(bytes: Vec<u8>, dtype: DType, shape: &[usize], scales: Option<Scales>)
     HostTensor::new(Arc::new(padded), start, bytes.len(), dtype, shape.to_vec(), scales).expect("a good tensor")
 }
 
-fn stored(values: &[f32], dtype: DType, shape: &[usize]) -> HostTensor {
+pub(crate) fn stored(values: &[f32], dtype: DType, shape: &[usize]) -> HostTensor {
     match dtype {
         DType::F32 => HostTensor::from_f32(values, shape).expect("a good tensor"),
         DType::F16 => {
@@ -204,6 +204,11 @@ pub(crate) fn embed<D: Device>(device: &D) {
 }
 
 pub(crate) fn linear<D: Device>(device: &D) {
+    linear_of(device, &TYPES);
+}
+
+/// Layers of weights that are stored as these types.
+pub(crate) fn linear_of<D: Device>(device: &D, types: &[DType]) {
     let mut t = test(device);
     let shapes = [
         (1, 1, 1),
@@ -219,7 +224,7 @@ pub(crate) fn linear<D: Device>(device: &D) {
         (0, 4, 4),
     ];
     for (index, (rows, outputs, depth)) in shapes.into_iter().enumerate() {
-        for dtype in TYPES {
+        for &dtype in types {
             let x = t.numbers(rows * depth);
             // A convolution's weight has more dimensions.
             let (weight, w) = t.weight(dtype, &[outputs, depth, 1]);
