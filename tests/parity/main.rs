@@ -1,6 +1,7 @@
 //! The model family against PyTorch: every stage's output, for every way of storing the weights, and every way of
 //! laying a model out in folders. The goldens are made by tests/fixtures/make_parity.py.
 
+mod cuda;
 mod layout;
 mod sessions;
 mod weights;
@@ -10,6 +11,7 @@ use std::path::Path;
 use candor::model::trace::{Output, Values, trace_classifier, trace_model};
 use candor::model::{Classifier, Model};
 use candor::weights::Checkpoint;
+use candor_kernels::Device;
 use candor_kernels::cpu::CpuDevice;
 use weights::{Case, Stored, Tensors, write_folder, write_tensors};
 
@@ -22,9 +24,13 @@ fn device() -> CpuDevice {
 
 /// Traces a model folder on a case's inputs.
 fn trace(case: &Case, folder: &Path) -> Vec<Output> {
+    trace_on(&device(), case, folder)
+}
+
+fn trace_on<D: Device>(device: &D, case: &Case, folder: &Path) -> Vec<Output> {
     let inputs = folder.join("inputs.safetensors");
     write_tensors(&inputs, &case.inputs());
-    let mut model = Model::open(folder, device()).expect("the model opens");
+    let mut model = Model::open(folder, device.clone()).expect("the model opens");
     trace_model(&mut model, &Checkpoint::open_file(&inputs).expect("the inputs open"), 8).expect("the model runs")
 }
 
@@ -57,11 +63,15 @@ fn relative_error(a: &[f32], b: &[f32]) -> f64 {
 }
 
 fn check_every_variant(name: &'static str) {
+    check_every_variant_on(&device(), name);
+}
+
+fn check_every_variant_on<D: Device>(device: &D, name: &'static str) {
     let case = Case::load(name);
     for variant in case.variants() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         write_folder(folder.path(), &case.config(&variant), &case.tensors(&variant));
-        check(&case, &variant, &trace(&case, folder.path()));
+        check(&case, &variant, &trace_on(device, &case, folder.path()));
     }
 }
 
@@ -100,12 +110,16 @@ fn a_wrong_weight_is_seen() {
 }
 
 fn check_classifier(name: &'static str) {
+    check_classifier_on(&device(), name);
+}
+
+fn check_classifier_on<D: Device>(device: &D, name: &'static str) {
     let case = Case::load(name);
     let goldens = Checkpoint::open_file(&case.goldens()).expect("the goldens open");
     for variant in case.variants() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         write_folder(folder.path(), &case.config(&variant), &case.tensors(&variant));
-        let mut classifier = Classifier::open(folder.path(), device()).expect("the classifier opens");
+        let mut classifier = Classifier::open(folder.path(), device.clone()).expect("the classifier opens");
         assert_eq!(classifier.labels()[27], "label 27");
         for (i, text) in case.texts().iter().enumerate() {
             let inputs = folder.path().join("inputs.safetensors");

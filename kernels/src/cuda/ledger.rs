@@ -133,6 +133,13 @@ impl Entry {
 pub struct Books(pub BTreeMap<&'static str, Entry>);
 
 impl Books {
+    /// Everything of other books too.
+    pub fn add(&mut self, other: &Books) {
+        for (kernel, entry) in &other.0 {
+            self.0.entry(kernel).or_default().add(entry);
+        }
+    }
+
     /// All kernels together.
     pub fn total(&self) -> Entry {
         self.0.values().fold(Entry::default(), |mut total, entry| {

@@ -10,6 +10,7 @@ use candor_kernels::cuda::{CudaDevice, CudaError};
 /// Builds the stand-in driver, where it is not there yet, and gives the folder it lies in. CUDA_STANDIN_FLAGS are more flags for
 /// the compiler: another architecture, or sanitizers.
 pub(crate) fn folder() -> PathBuf {
+    // Tests of every crate of the workspace use this.
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let flags = std::env::var("CUDA_STANDIN_FLAGS").unwrap_or_default();
     let name = format!("stand-in{}", flags.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));

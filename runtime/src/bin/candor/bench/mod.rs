@@ -6,6 +6,7 @@
 //! run reads and computes follows from the model's sizes ([`work`]).
 
 mod figures;
+mod paper;
 mod print;
 mod stages;
 mod work;
@@ -61,6 +62,9 @@ pub(crate) struct Bench {
     /// Lengths of the prompts that prefill reads, parted by commas; a window's prompt if not given.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     prompt: Vec<u32>,
+    /// Say what each stage should take on a board, from what its kernels read and compute; no GPU is needed.
+    #[arg(long, value_name = "BOARD")]
+    model_of: Option<String>,
     /// Print one JSON object, with the time of every single run.
     #[arg(long)]
     json: bool,
@@ -89,6 +93,9 @@ enum Stage {
 }
 
 pub(crate) fn run(arguments: Bench) -> Result<()> {
+    if let Some(board) = &arguments.model_of {
+        return paper::run(&arguments, paper::board(board)?);
+    }
     let report = measure(&arguments)?;
     if arguments.json {
         say(serde_json::to_string(&report)?)?;
