@@ -202,6 +202,7 @@ struct Worker {
     unsigned prepared = 0;           // fibers that have a stack
     unsigned char* arena = nullptr;  // dynamic shared memory; ends where `guard` begins
     unsigned char* guard = nullptr;
+    Copies copies[block_limit];
 };
 
 __attribute__((visibility("hidden"))) uintptr_t fiber_stacks;
@@ -834,7 +835,7 @@ static Worker& prepare_worker(unsigned index, unsigned threads) {
         fiber.block = &worker.block;
         fiber.warp = &worker.block.warp[i / warp_size];
         fiber.lane = i % warp_size;
-        fiber.copies = new Copies();
+        fiber.copies = &worker.copies[i];
 #if defined(__SANITIZE_THREAD__)
         fiber.sanitizer_fiber = __tsan_create_fiber(0);
 #endif
@@ -843,7 +844,8 @@ static Worker& prepare_worker(unsigned index, unsigned threads) {
 }
 
 // The thread-local variables of this library in the calling thread: the static shared memory of all its kernels.
-static int find_static_shared(struct dl_phdr_info* object, size_t, void* result) {
+// With the address sanitizer it is ordinary memory, and keeps what it held.
+static __attribute__((unused)) int find_static_shared(struct dl_phdr_info* object, size_t, void* result) {
     Block& block = *static_cast<Block*>(result);
     const ElfW(Phdr)* local = nullptr;
     bool ours = false;
@@ -909,9 +911,9 @@ static UNSEEN void check_canaries(Worker& worker) {
     for (const unsigned char* byte = memory - canary_bytes; byte < worker.guard; byte++) {
         if (byte == memory) byte = end;
         if (byte == worker.guard || *byte == poison) continue;
-        print_place(worker.fibers[0], {nullptr, 0});
-        fprintf(stderr, "a thread of this block wrote to byte %td of dynamic shared memory, of which the launch has %zu\n",
-                byte - memory, block.dynamic_bytes);
+        const dim3& b = block.indices.block_index;
+        fprintf(stderr, "cuda: kernel %s, block (%u,%u,%u): a thread wrote to byte %td of dynamic shared memory, of which the launch has %zu\n",
+                block.kernel->name, b.x, b.y, b.z, byte - memory, block.dynamic_bytes);
         abort();
     }
 }

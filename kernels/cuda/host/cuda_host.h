@@ -164,11 +164,13 @@ inline Fiber& self() {
 
 inline const BlockIndices& indices() { return *reinterpret_cast<const BlockIndices*>(self().block); }
 
+// A place in the source. As a default argument, `here` is the place of the call.
 struct Site {
     const char* file;
     int line;
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
-#define CUDA_HOST_SITE cuda_host::Site site = cuda_host::Site{__builtin_FILE(), __builtin_LINE()}
+#define CUDA_HOST_SITE cuda_host::Site site = cuda_host::Site::here()
 
 enum class Shuffle : unsigned { Index, Up, Down, Xor };
 
