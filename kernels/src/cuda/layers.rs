@@ -164,8 +164,8 @@ fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], g
         Stored::Float => {
             let (x, count) = (address(&x.data, 0), device.small(OP, "rows", rows)?);
             match rows {
-                ..=1 => run!(device, OP, float_matvec_1, grid, x, count, argument),
-                ..=FEW_ROWS => run!(device, OP, float_matvec_8, grid, x, count, argument),
+                0 | 1 => run!(device, OP, float_matvec_1, grid, x, count, argument),
+                2..=FEW_ROWS => run!(device, OP, float_matvec_8, grid, x, count, argument),
                 _ => run!(device, OP, float_matmul, grid, x, count, argument),
             }
         }

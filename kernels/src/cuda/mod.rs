@@ -52,11 +52,13 @@ pub struct CudaDevice {
 struct Inner {
     gpu: Gpu,
     kernels: Kernels,
-    /// Frequencies of rotary positions by head width and bits of theta.
-    frequencies: Mutex<HashMap<(usize, u32), Arc<CudaSlice<f32>>>>,
+    frequencies: Mutex<Frequencies>,
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
 }
+
+/// Frequencies of rotary positions by head width and bits of theta.
+type Frequencies = HashMap<(usize, u32), Arc<CudaSlice<f32>>>;
 
 /// f32 activations on the GPU.
 #[derive(Debug)]
@@ -231,9 +233,10 @@ impl Device for CudaDevice {
     type Cache = CudaCache;
 
     fn describe(&self) -> String {
-        let Gpu { name, capability: (major, minor), driver, .. } = &self.inner.gpu;
+        let Gpu { name, capability: (major, minor), driver, integrated, .. } = &self.inner.gpu;
+        let memory = if *integrated { ", memory shared with the processor" } else { "" };
         let exact = if self.exact { ", exact" } else { "" };
-        format!("{name} (sm_{major}{minor}){exact}, CUDA {}.{} driver", driver / 1000, driver % 1000 / 10)
+        format!("{name} (sm_{major}{minor}{memory}){exact}, CUDA {}.{} driver", driver / 1000, driver % 1000 / 10)
     }
 
     fn allocate(&self, len: usize) -> Result<CudaBuffer> {
