@@ -35,6 +35,7 @@ kernels! {
     attention: attention_f32 attention_f16 attention_i8;
     cache: cache_write_f32 cache_write_f16 cache_write_i8 rope_write_f32 rope_write_f16 rope_write_i8;
     convolution: unfold depthwise3x3 bilinear;
+    decode: decode_f16 decode_i8;
     elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
     float: float_matvec_1 float_matvec_8 float_matmul;
     linear: linear;

@@ -109,8 +109,8 @@ impl Layer {
     }
 }
 
-/// A slice of at least `len` elements; what stood there may be lost.
-fn grown<'a, T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
+/// A slice of at least `len` elements; what stood there may be lost. A new one holds zeros.
+pub(super) fn grown<'a, T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
     device: &CudaDevice,
     slice: &'a mut Option<CudaSlice<T>>,
     len: Option<usize>,

@@ -12,6 +12,19 @@ macro_rules! run {
     }};
 }
 
+/// Structs that kernels take, laid out as theirs.
+macro_rules! arguments {
+    ($($(#[$about:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug)]
+        #[repr(C)]
+        struct $name { $($field: $kind),* }
+        // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
+        unsafe impl DeviceRepr for $name {}
+    )*};
+}
+
+mod attention;
 mod cache;
 mod driver;
 mod launch;
@@ -36,8 +49,6 @@ use launch::{Argument, Grid, Kernels, launch};
 use layers::{Layer, Scratch};
 use weight::WeightArgument;
 
-/// The widest head; cuda/attention.cu has the same number.
-const WIDEST_HEAD: usize = 512;
 /// Keys whose mean stands for that of all, as in the CPU's caches.
 const MEAN_OF: usize = 16;
 
@@ -55,6 +66,7 @@ struct Inner {
     frequencies: Mutex<Frequencies>,
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
+    parts: Mutex<attention::Parts>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -68,18 +80,6 @@ pub struct CudaBuffer {
     len: usize,
 }
 
-/// Structs that kernels take, laid out as theirs.
-macro_rules! arguments {
-    ($($(#[$about:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
-        $(#[$about])*
-        #[derive(Clone, Copy, Debug)]
-        #[repr(C)]
-        struct $name { $($field: $kind),* }
-        // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
-        unsafe impl DeviceRepr for $name {}
-    )*};
-}
-
 arguments! {
     /// `Ids` of cuda/elementwise.cu.
     Ids { id: [u32; 64] }
@@ -89,12 +89,8 @@ arguments! {
     UnfoldArgument {
         size: [i32; 3], kernel: [i32; 3], stride: [i32; 3], pad_before: [i32; 3], output: [i32; 3], channels: i32,
     }
-    /// `Shape` of cuda/attention.cu.
-    Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }
     /// `Turn` of cuda/cache.cu.
     Turn { heads: i32, key_heads: i32, pairs: i32, first: i32, frequencies: u64 }
-    /// `Strides` of cuda/attention.cu.
-    Strides { batches: i64, heads: i64, keys: i64 }
 }
 
 /// The address of element `offset` of a slice.
@@ -137,7 +133,8 @@ impl CudaDevice {
     ) -> std::result::Result<Self, CudaError> {
         let gpu = driver::open(ordinal)?;
         let kernels = Kernels::load(&gpu, &image)?;
-        let inner = Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default() };
+        let inner =
+            Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default(), parts: Mutex::default() };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
 
@@ -203,28 +200,6 @@ impl CudaDevice {
         check::exactly(op, "bias", bias.elements(), &[outputs])?;
         Ok(bias.argument())
     }
-
-    fn shape(&self, op: &'static str, shape: &AttentionShape) -> Result<Shape> {
-        let AttentionShape { queries, keys, heads, key_heads, head_dim, causal, scale, .. } = *shape;
-        check::argument(op, head_dim <= WIDEST_HEAD, || {
-            format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
-        })?;
-        Ok(Shape {
-            queries: self.small(op, "queries", queries)?,
-            keys: self.small(op, "keys", keys)?,
-            heads: self.small(op, "heads", heads)?,
-            key_heads: self.small(op, "key heads", key_heads)?,
-            head_dim: head_dim as i32,
-            causal: i32::from(causal),
-            scale,
-        })
-    }
-}
-
-/// A block for each query of each head of each sequence.
-fn attention_grid(shape: &AttentionShape) -> Grid {
-    let blocks = [shape.queries, shape.heads, shape.batch];
-    Grid { blocks, threads: 128, shared: shape.head_dim * size_of::<f32>() }
 }
 
 impl Device for CudaDevice {
@@ -511,11 +486,7 @@ impl Device for CudaDevice {
             return Ok(());
         }
         check::attention(OP, &shape)?;
-        let width = key_heads * head_dim;
-        let strides = Strides { batches: (keys * width) as i64, heads: head_dim as i64, keys: width as i64 };
-        let (grid, shape) = (attention_grid(&shape), self.shape(OP, &shape)?);
-        let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
-        run!(self, OP, attention_f32, grid, q, k, v, shape, strides, out)
+        attention::attention(self, [q, k, v], shape, out)
     }
 
     fn in_bytes(&self, weight: &CudaWeight) -> bool {
@@ -523,8 +494,8 @@ impl Device for CudaDevice {
     }
 
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CudaCache> {
-        check::argument("cache", head_dim <= WIDEST_HEAD, || {
-            format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
+        check::argument("cache", head_dim <= attention::WIDEST_HEAD, || {
+            format!("heads of {head_dim} are too wide; {} is the most", attention::WIDEST_HEAD)
         })?;
         CudaCache::new(self, kind, capacity, key_heads, head_dim)
     }
@@ -683,17 +654,7 @@ impl Device for CudaDevice {
         check::argument(OP, fits, || {
             format!("{batch} sequences of {key_heads} key heads {head_dim} wide are not what the cache holds")
         })?;
-        let strides = Strides { batches: 0, heads: (cache.capacity * head_dim) as i64, keys: head_dim as i64 };
-        let (grid, shape) = (attention_grid(&shape), self.shape(OP, &shape)?);
-        let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());
-        match cache.kind {
-            CacheType::F32 => run!(self, OP, attention_f32, grid, q, k, v, shape, strides, out),
-            CacheType::F16 => run!(self, OP, attention_f16, grid, q, k, v, shape, strides, out),
-            CacheType::I8 => {
-                let [k_scales, v_scales] = cache.scales();
-                run!(self, OP, attention_i8, grid, q, k, v, k_scales, v_scales, shape, strides, out)
-            }
-        }
+        attention::cache_attention(self, q, cache, shape, out)
     }
 
     fn unfold(&self, x: &CudaBuffer, unfold: Unfold, out: &mut CudaBuffer) -> Result<()> {

@@ -1,0 +1,136 @@
+//! Attention: as it is defined, and of one query to a cache.
+
+use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::sync::PoisonError;
+
+use super::launch::{Argument, Grid, launch};
+use super::layers::grown;
+use super::{CudaBuffer, CudaCache, CudaDevice, address};
+use crate::check;
+use crate::device::{AttentionShape, CacheType, Result};
+
+/// The widest head; cuda/attention.cu has the same number.
+pub(super) const WIDEST_HEAD: usize = 512;
+/// Keys of a block, the most heads that share a key head, and the widest; cuda/decode.cu has the same numbers.
+const CHUNK: usize = 128;
+const GROUP: usize = 16;
+const WIDEST: usize = 128;
+
+/// What the blocks of one decoding step leave for the last of them.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    partial: Option<CudaSlice<f32>>,
+    /// One a key head; zero between launches.
+    counters: Option<CudaSlice<i32>>,
+}
+
+arguments! {
+    /// `Shape` of cuda/attention.cu.
+    Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }
+    /// `Strides` of cuda/attention.cu.
+    Strides { batches: i64, heads: i64, keys: i64 }
+    /// `Decode` of cuda/decode.cu.
+    Decode { keys: i32, group: i32, head_dim: i32, head_stride: i64, scale: f32 }
+}
+
+impl Shape {
+    fn new(device: &CudaDevice, op: &'static str, shape: &AttentionShape) -> Result<Shape> {
+        let AttentionShape { queries, keys, heads, key_heads, head_dim, causal, scale, .. } = *shape;
+        check::argument(op, head_dim <= WIDEST_HEAD, || {
+            format!("heads of {head_dim} are too wide; {WIDEST_HEAD} is the most")
+        })?;
+        Ok(Shape {
+            queries: device.small(op, "queries", queries)?,
+            keys: device.small(op, "keys", keys)?,
+            heads: device.small(op, "heads", heads)?,
+            key_heads: device.small(op, "key heads", key_heads)?,
+            head_dim: head_dim as i32,
+            causal: i32::from(causal),
+            scale,
+        })
+    }
+}
+
+/// A block for each query of each head of each sequence.
+fn grid(shape: &AttentionShape) -> Grid {
+    let blocks = [shape.queries, shape.heads, shape.batch];
+    Grid { blocks, threads: 128, shared: shape.head_dim * size_of::<f32>() }
+}
+
+/// Attention over buffers whose sizes were checked.
+pub(super) fn attention(
+    device: &CudaDevice,
+    [q, k, v]: [&CudaBuffer; 3],
+    shape: AttentionShape,
+    out: &mut CudaBuffer,
+) -> Result<()> {
+    const OP: &str = "attention";
+    let width = shape.key_heads * shape.head_dim;
+    let (heads, keys) = (shape.head_dim as i64, width as i64);
+    let strides = Strides { batches: (shape.keys * width) as i64, heads, keys };
+    let (grid, shape) = (grid(&shape), Shape::new(device, OP, &shape)?);
+    let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
+    run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out)
+}
+
+/// Attention to a cache that holds what the shape says.
+pub(super) fn cache_attention(
+    device: &CudaDevice,
+    q: &CudaBuffer,
+    cache: &CudaCache,
+    shape: AttentionShape,
+    out: &mut CudaBuffer,
+) -> Result<()> {
+    const OP: &str = "cache_attention";
+    let AttentionShape { queries, heads, key_heads, head_dim, .. } = shape;
+    let fits = heads / key_heads <= GROUP && head_dim <= WIDEST && head_dim.is_multiple_of(4);
+    if queries == 1 && fits && !device.exact && cache.kind != CacheType::F32 {
+        return decode(device, q, cache, shape, out);
+    }
+    let strides = Strides { batches: 0, heads: (cache.capacity * head_dim) as i64, keys: head_dim as i64 };
+    let (grid, shape) = (grid(&shape), Shape::new(device, OP, &shape)?);
+    let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());
+    match cache.kind {
+        CacheType::F32 => run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out),
+        CacheType::F16 => run!(device, OP, attention_f16, grid, q, k, v, shape, strides, out),
+        CacheType::I8 => {
+            let [k_scales, v_scales] = cache.scales();
+            run!(device, OP, attention_i8, grid, q, k, v, k_scales, v_scales, shape, strides, out)
+        }
+    }
+}
+
+/// One query: every key and value is read once.
+fn decode(
+    device: &CudaDevice,
+    q: &CudaBuffer,
+    cache: &CudaCache,
+    shape: AttentionShape,
+    out: &mut CudaBuffer,
+) -> Result<()> {
+    const OP: &str = "cache_attention";
+    let AttentionShape { keys, heads, key_heads, head_dim, scale, .. } = shape;
+    let chunks = keys.div_ceil(CHUNK);
+    let mut parts = device.inner.parts.lock().unwrap_or_else(PoisonError::into_inner);
+    let Parts { partial, counters } = &mut *parts;
+    // As large as a full cache needs, so that it does not grow with every position.
+    let most = cache.capacity.div_ceil(CHUNK).max(chunks);
+    let partial = address(grown(device, partial, Some(most * heads * (head_dim + 2)))?, 0);
+    let counters = address(grown(device, counters, Some(key_heads))?, 0);
+    let shape = Decode {
+        keys: device.small(OP, "keys", keys)?,
+        group: device.small(OP, "heads", heads / key_heads)?,
+        head_dim: head_dim as i32,
+        head_stride: (cache.capacity * head_dim) as i64,
+        scale,
+    };
+    let grid = Grid::blocks([chunks, key_heads, 1], CHUNK as u32);
+    let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());
+    match cache.kind {
+        CacheType::I8 => {
+            let [k_scales, v_scales] = cache.scales();
+            run!(device, OP, decode_i8, grid, q, k, v, k_scales, v_scales, shape, partial, counters, out)
+        }
+        _ => run!(device, OP, decode_f16, grid, q, k, v, shape, partial, counters, out),
+    }
+}
