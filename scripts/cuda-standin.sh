@@ -21,9 +21,17 @@ command -v "$compiler" >/dev/null || fail "the C++ compiler $compiler was not fo
 flags="-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas"
 # Thread-local variables of a library are found quickly only this way; 64-bit ARM always does so.
 [ "$(uname -m)" != x86_64 ] || flags="$flags -mtls-dialect=gnu2"
-# Conversions of half numbers in one instruction, where this computer has it.
-! grep -qw f16c /proc/cpuinfo 2>/dev/null || flags="$flags -mf16c"
+# Half numbers and fused additions in one instruction each, where this computer has them.
+if [ "$(uname -m)" = x86_64 ] && [ "$(grep -m 1 '^flags' /proc/cpuinfo 2>/dev/null | grep -owE 'f16c|avx2|fma|bmi2' | wc -l)" = 4 ]; then
+    flags="$flags -march=x86-64-v3"
+fi
 flags="$flags $*"
+
+# One build at a time in a folder.
+if command -v flock >/dev/null; then
+    exec 9>"$out/lock"
+    flock 9
+fi
 
 common=$(cat ./*.cuh host/*.h | sha256sum)
 version=$("$compiler" --version | head -n 1)

@@ -202,6 +202,7 @@ struct Worker {
     unsigned prepared = 0;           // fibers that have a stack
     unsigned char* arena = nullptr;  // dynamic shared memory; ends where `guard` begins
     unsigned char* guard = nullptr;
+    unsigned poisonings = 0;  // how often static shared memory is still to be poisoned in this launch
     Copies copies[block_limit];
 };
 
@@ -650,14 +651,35 @@ static inline UNSEEN void require_full_warp(const Fiber& me, const char* what, S
 
 // Sums in double precision, rounded once: the products are exact there, and so are sums of usual sizes.
 typedef double Row __attribute__((vector_size(64)));
-static __attribute__((optimize("O3"))) UNSEEN void multiply_f16_tile(Warp& warp) {
+
+// Halves to floats without branches, so that the compiler makes vector instructions of the loop.
+static inline __attribute__((always_inline)) void widen(const uint16_t* halves, float* floats, int count) {
+    for (int i = 0; i < count; i++) {
+        const uint32_t magnitude = (uint32_t)(halves[i] & 0x7fffu) << 13, sign = (uint32_t)(halves[i] & 0x8000u) << 16;
+        const uint32_t finite = __float_as_uint(__uint_as_float(magnitude) * 0x1p112f);
+        const uint32_t special = 0u - (uint32_t)(magnitude >= 0x0f800000u);  // infinity or NaN: all bits
+        floats[i] = __uint_as_float(sign | (finite & ~special) | ((magnitude | 0x7f800000u) & special));
+    }
+}
+
+// Products and sums may be fused, as the products are exact either way.
+static __attribute__((optimize("O3", "fp-contract=fast"))) UNSEEN void multiply_f16_tile(Warp& warp) {
+    float a_floats[16][16], b_floats[8][16];
+    widen(warp.a_f16[0], a_floats[0], 16 * 16);
+    widen(warp.b_f16[0], b_floats[0], 8 * 16);
+    double a[16][16];
     Row b[16];
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < 16; k++) a[m][k] = (double)a_floats[m][k];
     for (int k = 0; k < 16; k++)
-        for (int n = 0; n < 8; n++) b[k][n] = (double)__half2float({warp.b_f16[n][k]});
-    for (int m = 0; m < 16; m++) {
-        Row sum = {};
-        for (int k = 0; k < 16; k++) sum += (double)__half2float({warp.a_f16[m][k]}) * b[k];
-        for (int n = 0; n < 8; n++) warp.sum_f32[m][n] = (float)(sum[n] + (double)warp.sum_f32[m][n]);
+        for (int n = 0; n < 8; n++) b[k][n] = (double)b_floats[n][k];
+    // Four rows at a time, so that additions do not wait for one another.
+    for (int m = 0; m < 16; m += 4) {
+        Row sums[4] = {};
+        for (int k = 0; k < 16; k++)
+            for (int i = 0; i < 4; i++) sums[i] += a[m + i][k] * b[k];
+        for (int i = 0; i < 4; i++)
+            for (int n = 0; n < 8; n++) warp.sum_f32[m + i][n] = (float)(sums[i][n] + (double)warp.sum_f32[m + i][n]);
     }
 }
 
@@ -877,8 +899,10 @@ static UNSEEN void fill(unsigned char* from, unsigned char* to) { memset(from, p
 static UNSEEN void begin_block(Worker& worker) {
     Block& block = worker.block;
     fill(block.indices.dynamic_shared - canary_bytes, worker.guard);
-    if (block.static_shared)
+    if (worker.poisonings) {
+        worker.poisonings--;
         fill((unsigned char*)block.static_shared, (unsigned char*)block.static_shared_end);
+    }
     block.at_barrier = block.left = block.ready_warps = 0;
     const dim3 size = block.indices.block_size;
     for (unsigned i = 0; i < block.threads; i++) {
@@ -942,6 +966,9 @@ static void run_blocks(Worker& worker, Grid& grid) {
     SignalStack signal_stack;
     Block& block = worker.block;
     locate_static_shared(block);
+    // It is that of all kernels together. Where that is much, the first blocks of a launch must do.
+    const ptrdiff_t bytes = block.static_shared_end - block.static_shared;
+    worker.poisonings = bytes == 0 ? 0 : bytes <= 16 << 10 ? UINT32_MAX : 16;
 #if defined(__SANITIZE_THREAD__)
     block.sanitizer_main = __tsan_get_current_fiber();
 #endif

@@ -131,9 +131,9 @@ struct Stream;
 
 struct Event {
     bool recorded = false, timing = true;
-    Stream* stream = nullptr;  // where it was last recorded, null: that stream is no more
+    Stream* stream = nullptr;  // where it was last recorded; it may be no more
     uint64_t position = 0;     // how many works of the stream come before it, itself included
-    struct Graph* captured = nullptr;
+    uint64_t captured = 0;         // the capture in which it was last recorded, 0: in none
     std::shared_ptr<double> time;  // seconds, set when the stream comes to it
 };
 
@@ -150,6 +150,7 @@ struct Work {
     void *to = nullptr, *from = nullptr;
     size_t bytes = 0;
     bool to_device = false, from_device = false;
+    std::shared_ptr<std::vector<char>> staged;  // what `from` held when the call was made, for ordinary memory
     unsigned value = 0, width = 1;
     // Record, Wait
     std::shared_ptr<double> time;
@@ -164,6 +165,7 @@ struct Work {
 
 struct Graph {
     std::vector<Work> works;
+    uint64_t capture = 0;  // the number of the capture that makes it
     bool invalid = false;
     int mode = 0;
     pthread_t thread{};
@@ -198,7 +200,7 @@ struct Driver {
     Settings settings;
     bool initialized = false;
     Result sticky = Success;
-    uint64_t calls = 0, launches = 0;
+    uint64_t calls = 0, launches = 0, captures = 0;
     uint64_t used = 0;
     std::map<Pointer, Allocation> allocations;
     std::deque<std::pair<char*, size_t>> graveyard;
@@ -432,7 +434,7 @@ static Result run_copy(const Work& work) {
     // Checked when the call was made, but memory may have been freed since.
     REQUIRE(!work.to_device || on_device(reinterpret_cast<Pointer>(work.to), work.bytes), InvalidValue);
     REQUIRE(!work.from_device || on_device(reinterpret_cast<Pointer>(work.from), work.bytes), InvalidValue);
-    if (work.bytes) memmove(work.to, work.from, work.bytes);
+    if (work.bytes) memmove(work.to, work.staged ? work.staged->data() : work.from, work.bytes);
     return Success;
 }
 
@@ -548,7 +550,18 @@ static Result copy(void* stream, void* to, bool to_device, const void* from, boo
     work.bytes = bytes;
     work.to_device = to_device;
     work.from_device = from_device;
-    return submit(stream, std::move(work));
+    // Only page-locked host memory is copied in the background. From other memory the driver takes what it holds now,
+    // to other memory it copies before it returns; in a graph both are read and written when the graph runs.
+    const Stream* target = stream_of(stream);
+    REQUIRE(target, InvalidHandle);
+    if (target->capture || bytes == 0) return submit(stream, std::move(work));
+    if (!from_device && !find_allocation(reinterpret_cast<Pointer>(from), bytes)) {
+        const char* source = static_cast<const char*>(from);
+        work.staged = std::make_shared<std::vector<char>>(source, source + bytes);
+    }
+    const bool wait = !to_device && !find_allocation(reinterpret_cast<Pointer>(to), bytes);
+    TRY(submit(stream, std::move(work)));
+    return wait ? run_all(*stream_of(stream)) : Success;
 }
 
 static Result wait_null_stream(Result submitted) {
@@ -1108,18 +1121,19 @@ API(cuStreamWaitEvent, void* handle, void* event_handle, unsigned) {
     if (!event->recorded) return Success;
     if (event->captured) {
         // A stream that waits for an event of a capture takes part in it from there on.
-        REQUIRE(!stream->capture || stream->capture == event->captured, CaptureIsolation);
-        if (!stream->capture) {
-            stream->capture = event->captured;
-            stream->capture_origin = event->stream ? event->stream->capture_origin : nullptr;
-        }
+        const Stream* other = nullptr;
+        for (const Stream* one : driver().streams)
+            if (one->capture && one->capture->capture == event->captured) other = one;
+        REQUIRE(other, CapturedEvent);
+        REQUIRE(!stream->capture || stream->capture == other->capture, CaptureIsolation);
+        stream->capture = other->capture;
+        if (!stream->capture_origin) stream->capture_origin = other->capture_origin;
         return Success;
     }
     if (stream->capture) {
         stream->capture->invalid = true;
         return CaptureIsolation;
     }
-    if (!event->stream) return Success;
     Work work(Work::Wait);
     work.stream = event->stream;
     work.position = event->position;
@@ -1132,6 +1146,7 @@ API(cuStreamBeginCapture_v2, void* handle, int mode) {
     REQUIRE(stream && mode >= 0 && mode <= 2, InvalidValue);
     REQUIRE(stream != &driver().null_stream && !stream->capture, CaptureUnsupported);
     stream->capture = new Graph();
+    stream->capture->capture = ++driver().captures;
     stream->capture->mode = mode;
     stream->capture->thread = pthread_self();
     stream->capture_origin = stream;
@@ -1192,7 +1207,7 @@ API(cuEventRecord, void* handle, void* stream_handle) {
     REQUIRE(event && stream, InvalidHandle);
     event->recorded = true;
     event->stream = stream;
-    event->captured = stream->capture;
+    event->captured = stream->capture ? stream->capture->capture : 0;
     if (stream->capture) return stream->capture->invalid ? CaptureInvalidated : Success;
     event->time = std::make_shared<double>(-1.0);
     Work work(Work::Record);
