@@ -1,8 +1,10 @@
 #!/bin/sh
-# Builds the stand-in driver: `cuda-standin.sh OUT_DIR [COMPILER FLAGS...]` compiles the emulator, the stand-in and every
-# kernel of kernels/cuda into OUT_DIR/libcuda.so.1, which runs the kernels on the CPU. Put OUT_DIR first in
-# LD_LIBRARY_PATH, or load the library by its path before the driver is looked for. Files are compiled side by side,
-# each into one object, and only if it or a header changed. CUDA_STANDIN_SOURCES names further .cu files.
+# Builds the stand-in for CUDA's driver library, which runs the kernels on the CPU:
+#     cuda-standin.sh OUT_DIR [COMPILER FLAGS...]
+# compiles the emulator, the stand-in and every kernel of kernels/cuda into OUT_DIR/libcuda.so.1 and prints that path.
+# Put OUT_DIR first in LD_LIBRARY_PATH, or load the library by its path before anyone looks for the driver. Each file is
+# compiled into one object, two at a time (CUDA_STANDIN_JOBS), and only if it, a header or a flag changed.
+# CUDA_STANDIN_SOURCES names further .cu files; -DCUDA_HOST_ARCH=720 builds the kernels as for compute capability 7.2.
 set -eu
 
 fail() {
@@ -16,13 +18,15 @@ out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/../kernels/cuda"
 compiler=${CXX:-g++}
-command -v "$compiler" >/dev/null || fail "the C++ compiler $compiler was not found. Install g++ 12 or later (scripts/setup.sh does), or set CXX."
+command -v "$compiler" >/dev/null ||
+    fail "the C++ compiler $compiler was not found. Install g++ 12 or later (scripts/setup.sh does), or set CXX."
 
 flags="-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas"
 # Thread-local variables of a library are found quickly only this way; 64-bit ARM always does so.
 [ "$(uname -m)" != x86_64 ] || flags="$flags -mtls-dialect=gnu2"
 # Half numbers and fused additions in one instruction each, where this computer has them.
-if [ "$(uname -m)" = x86_64 ] && [ "$(grep -m 1 '^flags' /proc/cpuinfo 2>/dev/null | grep -owE 'f16c|avx2|fma|bmi2' | wc -l)" = 4 ]; then
+features=$(grep -m 1 '^flags' /proc/cpuinfo 2>/dev/null | grep -owE 'f16c|avx2|fma|bmi2' | wc -l)
+if [ "$(uname -m)" = x86_64 ] && [ "$features" = 4 ]; then
     flags="$flags -march=x86-64-v3"
 fi
 flags="$flags $*"

@@ -134,9 +134,20 @@ constexpr size_t canary_bytes = 64;
 constexpr unsigned char poison = 0xff;
 
 enum State : uint32_t { Runnable, AtBarrier, InWarp, Left };
-enum Operation : uint32_t { SyncWarp, Ballot, ShuffleIndex, ShuffleUp, ShuffleDown, ShuffleXor, LoadMatrices, MultiplyF16, MultiplyS8 };
-static const char* const operation_names[] = {"__syncwarp", "a vote",   "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync",
-                                              "__shfl_xor_sync", "ldmatrix", "mma_f16", "mma_s8"};
+enum Operation : uint32_t {
+    SyncWarp,
+    Ballot,
+    ShuffleIndex,
+    ShuffleUp,
+    ShuffleDown,
+    ShuffleXor,
+    LoadMatrices,
+    MultiplyF16,
+    MultiplyS8
+};
+static const char* const operation_names[] = {"__syncwarp",     "a vote",           "__shfl_sync",
+                                              "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
+                                              "ldmatrix",       "mma_f16",          "mma_s8"};
 
 // What the lanes of a warp hand over when they meet. Results stay until their lane's next operation of the kind.
 struct Warp {
@@ -153,7 +164,7 @@ struct Warp {
     alignas(64) int8_t a_s8[16][32], b_s8[8][32];
     alignas(64) float sum_f32[16][8];
     alignas(64) int32_t sum_s32[16][8];
-    unsigned turn;                // thread sanitizer: which of `turns` orders the present __syncwarp
+    unsigned turn;  // thread sanitizer: which of `turns` orders the present __syncwarp
     char turns[8], lane_tag[32];
 };
 
@@ -239,8 +250,10 @@ static void print_place(const Fiber& fiber, Site site) {
 }
 
 UNSEEN void fail(Site site, const char* format, ...) {
-    if (in_fiber()) print_place(self(), site);
-    else fprintf(stderr, "cuda: ");
+    if (in_fiber())
+        print_place(self(), site);
+    else
+        fprintf(stderr, "cuda: ");
     va_list list;
     va_start(list, format);
     vfprintf(stderr, format, list);
@@ -275,8 +288,10 @@ static UNSEEN void print_threads(const Block& block) {
             describe_wait(block, end, next, sizeof(next));
             if (strcmp(text, next) != 0) break;
         }
-        if (end - first == 1) fprintf(stderr, "  thread %u %s\n", first, text);
-        else fprintf(stderr, "  threads %u to %u: each %s\n", first, end - 1, text);
+        if (end - first == 1)
+            fprintf(stderr, "  thread %u %s\n", first, text);
+        else
+            fprintf(stderr, "  threads %u to %u: each %s\n", first, end - 1, text);
     }
 }
 
@@ -458,7 +473,8 @@ static inline UNSEEN bool meet(Fiber& me, Warp& warp, uint32_t& mask, Operation 
     me.file = site.file;
     me.line = site.line;
     if (__builtin_expect(!(mask & bit), 0))
-        fail(site, "%s with mask %08x, which leaves out the calling lane %u", operation_names[operation], mask, me.lane);
+        fail(site, "%s with mask %08x, which leaves out the calling lane %u", operation_names[operation], mask,
+             me.lane);
     mask &= warp.exists;
     warp.mask[me.lane] = mask;
     warp.operation[me.lane] = code;
@@ -870,15 +886,17 @@ static Worker& prepare_worker(unsigned index, unsigned threads) {
 static __attribute__((unused)) int find_static_shared(struct dl_phdr_info* object, size_t, void* result) {
     Block& block = *static_cast<Block*>(result);
     const ElfW(Phdr)* local = nullptr;
-    bool ours = false;
+    bool ours = false, dynamic = false;
     const uintptr_t here = reinterpret_cast<uintptr_t>(&fiber_stacks);
     for (int i = 0; i < object->dlpi_phnum; i++) {
         const ElfW(Phdr)& header = object->dlpi_phdr[i];
         if (header.p_type == PT_LOAD && here - object->dlpi_addr - header.p_vaddr < header.p_memsz) ours = true;
         if (header.p_type == PT_TLS) local = &header;
+        if (header.p_type == PT_DYNAMIC) dynamic = true;
     }
     if (!ours) return 0;
-    if (local && object->dlpi_tls_data) {
+    // In a statically linked program the C library's variables are among them: there nothing is poisoned.
+    if (local && dynamic && object->dlpi_tls_data) {
         const char* data = static_cast<const char*>(object->dlpi_tls_data);
         block.static_shared = data + local->p_filesz;
         block.static_shared_end = data + local->p_memsz;
@@ -936,7 +954,9 @@ static UNSEEN void check_canaries(Worker& worker) {
         if (byte == memory) byte = end;
         if (byte == worker.guard || *byte == poison) continue;
         const dim3& b = block.indices.block_index;
-        fprintf(stderr, "cuda: kernel %s, block (%u,%u,%u): a thread wrote to byte %td of dynamic shared memory, of which the launch has %zu\n",
+        fprintf(stderr,
+                "cuda: kernel %s, block (%u,%u,%u): a thread wrote to byte %td of dynamic shared memory, of which the "
+                "launch has %zu\n",
                 block.kernel->name, b.x, b.y, b.z, byte - memory, block.dynamic_bytes);
         abort();
     }
@@ -975,7 +995,8 @@ static void run_blocks(Worker& worker, Grid& grid) {
     const dim3 size = block.indices.grid_size;
     for (uint64_t turn; (turn = grid.next.fetch_add(1, std::memory_order_relaxed)) < grid.blocks;) {
         const uint64_t i = (grid.first + turn % grid.blocks * grid.step) % grid.blocks;
-        block.indices.block_index = dim3((unsigned)(i % size.x), (unsigned)(i / size.x % size.y), (unsigned)(i / size.x / size.y));
+        block.indices.block_index =
+            dim3((unsigned)(i % size.x), (unsigned)(i / size.x % size.y), (unsigned)(i / size.x / size.y));
         block.random = (order.seed * 0x9e3779b97f4a7c15u + i + 1) * 0xbf58476d1ce4e5b9u | 1u;
         run_block(worker);
     }

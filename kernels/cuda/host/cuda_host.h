@@ -62,7 +62,7 @@ namespace cuda_host {
 
 struct Kernel {
     const char* name;
-    void (*function)();                            // the kernel, its type hidden
+    void (*function)();                                 // the kernel, its type hidden
     void (*run)(void (*function)(), void** arguments);  // calls it with arguments read through pointers
     const size_t* argument_sizes;
     size_t argument_count;
@@ -77,7 +77,8 @@ template <class... Arguments> struct Call {
     template <size_t... Index>
     static void run_with(void (*function)(), void** arguments, std::index_sequence<Index...>) {
         (void)arguments;  // a kernel may have none
-        reinterpret_cast<void (*)(Arguments...)>(function)(*static_cast<std::remove_cv_t<Arguments>*>(arguments[Index])...);
+        reinterpret_cast<void (*)(Arguments...)>(function)(
+            *static_cast<std::remove_cv_t<Arguments>*>(arguments[Index])...);
     }
     static void run(void (*function)(), void** arguments) {
         run_with(function, arguments, std::index_sequence_for<Arguments...>{});
@@ -104,9 +105,9 @@ void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, vo
 // The order of threads and blocks from now on, as in CUDA_HOST_ORDER. False: not an order.
 bool set_order(const char* order);
 
-template <class... Parameters, class... Arguments>
-void launch_typed(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                  Arguments... arguments) {
+template <class... Parameters, class... Arguments> void launch_typed(const char* name, void (*kernel)(Parameters...),
+                                                                     dim3 grid, dim3 block, size_t shared_bytes,
+                                                                     Arguments... arguments) {
     static_assert(sizeof...(Parameters) == sizeof...(Arguments), "wrong number of kernel arguments");
     auto run = [&](Parameters... converted) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&converted))..., nullptr};
@@ -168,7 +169,9 @@ inline const BlockIndices& indices() { return *reinterpret_cast<const BlockIndic
 struct Site {
     const char* file;
     int line;
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 #define CUDA_HOST_SITE cuda_host::Site site = cuda_host::Site::here()
 
@@ -208,7 +211,8 @@ __forceinline__ void note_write(void* address, size_t bytes) {
 #endif
 }
 
-template <class Value> inline Value shuffle_value(Shuffle kind, uint32_t mask, Value value, int argument, int width, Site site) {
+template <class Value>
+inline Value shuffle_value(Shuffle kind, uint32_t mask, Value value, int argument, int width, Site site) {
     static_assert(sizeof(Value) <= 8 && std::is_trivially_copyable_v<Value>, "too large to shuffle");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(Value));
@@ -242,8 +246,7 @@ inline int __any_sync(unsigned mask, int predicate, CUDA_HOST_SITE) {
 inline int __all_sync(unsigned mask, int predicate, CUDA_HOST_SITE) {
     return cuda_host::ballot(mask, predicate == 0, site) == 0;  // nobody says no
 }
-template <class Value>
-inline Value __shfl_sync(unsigned mask, Value value, int lane, int width = 32, CUDA_HOST_SITE) {
+template <class Value> inline Value __shfl_sync(unsigned mask, Value value, int lane, int width = 32, CUDA_HOST_SITE) {
     return cuda_host::shuffle_value(cuda_host::Shuffle::Index, mask, value, lane, width, site);
 }
 template <class Value>
@@ -278,8 +281,7 @@ inline float atomicAdd(float* address, float value) {
     uint32_t* bits = reinterpret_cast<uint32_t*>(address);
     uint32_t old = __atomic_load_n(bits, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(bits, &old, __float_as_uint(__uint_as_float(old) + value), false,
-                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     return __uint_as_float(old);
 }
 
@@ -288,25 +290,24 @@ namespace cuda_host {
 template <class Value, class Better> inline Value atomic_choose(Value* address, Value value, Better better) {
     Value old = __atomic_load_n(address, __ATOMIC_RELAXED);
     while (better(value, old) &&
-           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
+           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     return old;
 }
 }  // namespace cuda_host
 
-#define CUDA_HOST_ATOMICS(type)                                                                      \
-    inline type atomicMax(type* address, type value) {                                               \
-        return cuda_host::atomic_choose(address, value, [](type a, type b) { return a > b; });       \
-    }                                                                                                \
-    inline type atomicMin(type* address, type value) {                                               \
-        return cuda_host::atomic_choose(address, value, [](type a, type b) { return a < b; });       \
-    }                                                                                                \
-    inline type atomicExch(type* address, type value) {                                              \
-        return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                                \
-    }                                                                                                \
-    inline type atomicCAS(type* address, type expected, type value) {                                \
+#define CUDA_HOST_ATOMICS(type)                                                                            \
+    inline type atomicMax(type* address, type value) {                                                     \
+        return cuda_host::atomic_choose(address, value, [](type a, type b) { return a > b; });             \
+    }                                                                                                      \
+    inline type atomicMin(type* address, type value) {                                                     \
+        return cuda_host::atomic_choose(address, value, [](type a, type b) { return a < b; });             \
+    }                                                                                                      \
+    inline type atomicExch(type* address, type value) {                                                    \
+        return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                                      \
+    }                                                                                                      \
+    inline type atomicCAS(type* address, type expected, type value) {                                      \
         __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
-        return expected;                                                                             \
+        return expected;                                                                                   \
     }
 CUDA_HOST_ATOMICS(int)
 CUDA_HOST_ATOMICS(unsigned)

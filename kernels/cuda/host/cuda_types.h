@@ -16,20 +16,16 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define CUDA_HOST_VECTOR2(name, type, alignment)  \
-    struct alignas(alignment) name {              \
-        type x, y;                                \
-    };                                            \
-    inline name make_##name(type x, type y) {     \
-        return {x, y};                            \
-    }
-#define CUDA_HOST_VECTOR4(name, type, alignment)                      \
-    struct alignas(alignment) name {                                  \
-        type x, y, z, w;                                              \
-    };                                                                \
-    inline name make_##name(type x, type y, type z, type w) {         \
-        return {x, y, z, w};                                          \
-    }
+#define CUDA_HOST_VECTOR2(name, type, alignment) \
+    struct alignas(alignment) name {             \
+        type x, y;                               \
+    };                                           \
+    inline name make_##name(type x, type y) { return {x, y}; }
+#define CUDA_HOST_VECTOR4(name, type, alignment) \
+    struct alignas(alignment) name {             \
+        type x, y, z, w;                         \
+    };                                           \
+    inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 CUDA_HOST_VECTOR2(char2, signed char, 2)
 CUDA_HOST_VECTOR2(uchar2, unsigned char, 2)
 CUDA_HOST_VECTOR2(short2, short, 4)
@@ -118,7 +114,8 @@ inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.
 namespace cuda_host {
 // The device's conversions clamp to the target's range and turn NaN into 0, where C++ leaves both undefined.
 template <class Integer> inline Integer to_integer(float rounded) {
-    constexpr double low = (double)(Integer)(std::is_signed<Integer>::value ? (Integer)1 << (sizeof(Integer) * 8 - 1) : 0);
+    constexpr double low =
+        (double)(Integer)(std::is_signed<Integer>::value ? (Integer)1 << (sizeof(Integer) * 8 - 1) : 0);
     constexpr double beyond = (std::is_signed<Integer>::value ? 2147483648.0 : 4294967296.0);
     if (rounded != rounded) return 0;
     if ((double)rounded < low) return (Integer)low;
@@ -136,8 +133,8 @@ inline float __int2float_rn(int x) { return (float)x; }
 inline float __uint2float_rn(unsigned x) { return (float)x; }
 
 // CUDA has min and max for every pair of built-in numbers, mixed signs included.
-#define CUDA_HOST_MIN_MAX(result, left, right)                                                        \
-    constexpr result min(left a, right b) { return (result)b < (result)a ? (result)b : (result)a; }   \
+#define CUDA_HOST_MIN_MAX(result, left, right)                                                      \
+    constexpr result min(left a, right b) { return (result)b < (result)a ? (result)b : (result)a; } \
     constexpr result max(left a, right b) { return (result)a < (result)b ? (result)b : (result)a; }
 CUDA_HOST_MIN_MAX(int, int, int)
 CUDA_HOST_MIN_MAX(unsigned, unsigned, unsigned)

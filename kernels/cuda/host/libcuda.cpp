@@ -85,17 +85,23 @@ static const ErrorText error_texts[] = {
     {LaunchOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {HostMemoryAlreadyRegistered, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
      "part or all of the requested memory range is already mapped"},
-    {HostMemoryNotRegistered, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
+    {HostMemoryNotRegistered, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+     "pointer does not correspond to a registered memory region"},
     {LaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {NotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {CaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
-    {CaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {CaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+     "operation failed due to a previous error during capture"},
     {CaptureUnmatched, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began"},
     {CaptureUnjoined, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work"},
-    {CaptureIsolation, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"},
-    {CaptureImplicit, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream"},
-    {CapturedEvent, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
-    {GraphExecUpdateFailure, "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE", "the graph update was not performed because it included changes which violated constraints"},
+    {CaptureIsolation, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+     "dependency created on uncaptured work in another stream"},
+    {CaptureImplicit, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
+    {CapturedEvent, "CUDA_ERROR_CAPTURED_EVENT",
+     "operation not permitted on an event last recorded in a capturing stream"},
+    {GraphExecUpdateFailure, "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE",
+     "the graph update was not performed because it included changes which violated constraints"},
 };
 
 using Pointer = uint64_t;  // CUdeviceptr
@@ -131,8 +137,8 @@ struct Stream;
 
 struct Event {
     bool recorded = false, timing = true;
-    Stream* stream = nullptr;  // where it was last recorded; it may be no more
-    uint64_t position = 0;     // how many works of the stream come before it, itself included
+    Stream* stream = nullptr;      // where it was last recorded; it may be no more
+    uint64_t position = 0;         // how many works of the stream come before it, itself included
     uint64_t captured = 0;         // the capture in which it was last recorded, 0: in none
     std::shared_ptr<double> time;  // seconds, set when the stream comes to it
 };
@@ -242,15 +248,24 @@ static Settings read_settings() {
         size_t sign = word.find('=');
         std::string key = word.substr(0, sign), value = sign == std::string::npos ? "" : word.substr(sign + 1);
         auto number = [&] { return strtoull(value.c_str(), nullptr, 10); };
-        if (key == "no-device") settings.no_device = true;
-        else if (key == "old-driver") settings.old_driver = true;
-        else if (key == "missing-symbol") settings.missing_symbol = value;
-        else if (key == "capability" && sscanf(value.c_str(), "%d.%d", &settings.major, &settings.minor) == 2) continue;
-        else if (key == "memory") settings.memory = number();
-        else if (key == "integrated") settings.integrated = value == "1";
-        else if (key == "fail-launch") settings.fail_launch = number();
-        else if (key == "lost-at") settings.lost_at = number();
-        else if (!key.empty()) stop("CUDA_STANDIN has %s, which is no state", word.c_str());
+        if (key == "no-device")
+            settings.no_device = true;
+        else if (key == "old-driver")
+            settings.old_driver = true;
+        else if (key == "missing-symbol")
+            settings.missing_symbol = value;
+        else if (key == "capability" && sscanf(value.c_str(), "%d.%d", &settings.major, &settings.minor) == 2)
+            continue;
+        else if (key == "memory")
+            settings.memory = number();
+        else if (key == "integrated")
+            settings.integrated = value == "1";
+        else if (key == "fail-launch")
+            settings.fail_launch = number();
+        else if (key == "lost-at")
+            settings.lost_at = number();
+        else if (!key.empty())
+            stop("CUDA_STANDIN has %s, which is no state", word.c_str());
     }
     return settings;
 }
@@ -269,17 +284,21 @@ static int hide_symbol(struct dl_phdr_info* object, size_t, void* name) {
     }
     if (!ours || !dynamic) return 0;
     char *symbols = nullptr, *strings = nullptr;
-    for (auto* entry = reinterpret_cast<ElfW(Dyn)*>(object->dlpi_addr + dynamic->p_vaddr); entry->d_tag != DT_NULL; entry++) {
+    for (auto* entry = reinterpret_cast<ElfW(Dyn)*>(object->dlpi_addr + dynamic->p_vaddr); entry->d_tag != DT_NULL;
+         entry++) {
         if (entry->d_tag == DT_SYMTAB) symbols = reinterpret_cast<char*>(entry->d_un.d_ptr);
         if (entry->d_tag == DT_STRTAB) strings = reinterpret_cast<char*>(entry->d_un.d_ptr);
     }
     if (!symbols || !strings) return 1;
     // The strings follow the symbols.
-    for (auto* symbol = reinterpret_cast<ElfW(Sym)*>(symbols); reinterpret_cast<char*>(symbol + 1) <= strings; symbol++) {
+    for (auto* symbol = reinterpret_cast<ElfW(Sym)*>(symbols); reinterpret_cast<char*>(symbol + 1) <= strings;
+         symbol++) {
         if (strcmp(strings + symbol->st_name, static_cast<const char*>(name)) != 0) continue;
-        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = reinterpret_cast<uintptr_t>(symbol) / page * page;
+        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE),
+                        begin = reinterpret_cast<uintptr_t>(symbol) / page * page;
         const uintptr_t end = reinterpret_cast<uintptr_t>(symbol + 1);
-        if (mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_READ | PROT_WRITE) != 0) stop("cannot hide %s", static_cast<const char*>(name));
+        if (mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_READ | PROT_WRITE) != 0)
+            stop("cannot hide %s", static_cast<const char*>(name));
         symbol->st_value = 0;
         return 1;
     }
@@ -304,22 +323,25 @@ struct Call {
         Driver& d = driver();
         d.calls++;
         if (d.settings.lost_at && d.calls >= d.settings.lost_at) d.sticky = DeviceUnavailable;
-        if (d.sticky != Success) result = d.sticky;
-        else if (need != Nothing && !d.initialized) result = NotInitialized;
-        else if (need == Current && !pthread_getspecific(d.current)) result = InvalidContext;
+        if (d.sticky != Success)
+            result = d.sticky;
+        else if (need != Nothing && !d.initialized)
+            result = NotInitialized;
+        else if (need == Current && !pthread_getspecific(d.current))
+            result = InvalidContext;
     }
 };
 
 #define API(name, ...) extern "C" __attribute__((visibility("default"))) Result name(__VA_ARGS__)
-#define BEGIN(need)   \
-    Call call(need);  \
+#define BEGIN(need)  \
+    Call call(need); \
     if (call.result != Success) return call.result
 #define REQUIRE(condition, error) \
     if (!(condition)) return error
-#define TRY(expression)                       \
-    do {                                      \
-        Result tried = (expression);          \
-        if (tried != Success) return tried;   \
+#define TRY(expression)                     \
+    do {                                    \
+        Result tried = (expression);        \
+        if (tried != Success) return tried; \
     } while (0)
 
 // ---- Memory.
@@ -352,7 +374,8 @@ static Result allocate(Pointer* result, size_t bytes, Allocation::Kind kind) {
         REQUIRE(bytes <= d.settings.memory && d.used <= d.settings.memory - bytes, OutOfMemory);
     }
     const size_t page = page_bytes(), rounded = (bytes + 255) / 256 * 256, pages = (rounded + page - 1) / page * page;
-    char* mapping = static_cast<char*>(mmap(nullptr, pages + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    char* mapping = static_cast<char*>(
+        mmap(nullptr, pages + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (mapping == MAP_FAILED) return OutOfMemory;
     if (mprotect(mapping + page, pages, PROT_READ | PROT_WRITE) != 0) {
         munmap(mapping, pages + 2 * page);
@@ -368,12 +391,11 @@ static Result allocate(Pointer* result, size_t bytes, Allocation::Kind kind) {
 }
 
 // The few bytes between an allocation's end and its guard page.
-static void check_slack(const char* by) {
-    for (auto& [begin, allocation] : driver().allocations) {
-        const auto* end = reinterpret_cast<const unsigned char*>(begin) + allocation.bytes;
-        for (size_t i = 0; i < allocation.slack; i++)
-            if (end[i] != 0xff) stop("%s wrote %zu bytes past the end of an allocation of %zu bytes", by, i + 1, allocation.bytes);
-    }
+static void check_slack(Pointer begin, const Allocation& allocation, const char* who) {
+    const auto* end = reinterpret_cast<const unsigned char*>(begin) + allocation.bytes;
+    for (size_t i = 0; i < allocation.slack; i++)
+        if (end[i] != 0xff)
+            stop("%s wrote to byte %zu of an allocation of %zu bytes", who, allocation.bytes + i, allocation.bytes);
 }
 
 static Result release(Pointer address, Allocation::Kind kind) {
@@ -381,10 +403,12 @@ static Result release(Pointer address, Allocation::Kind kind) {
     auto found = d.allocations.find(address);
     REQUIRE(found != d.allocations.end() && found->second.kind == kind, InvalidValue);
     Allocation allocation = found->second;
+    check_slack(address, allocation, "some kernel");
     d.allocations.erase(found);
     if (kind == Allocation::Device) d.used -= allocation.bytes;
     // Kept without access for a while, so that a late use is caught and not served by another allocation.
-    mmap(allocation.mapping, allocation.mapping_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    mmap(allocation.mapping, allocation.mapping_bytes, PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     d.graveyard.emplace_back(allocation.mapping, allocation.mapping_bytes);
     if (d.graveyard.size() > 256) {
         munmap(d.graveyard.front().first, d.graveyard.front().second);
@@ -426,7 +450,10 @@ static void store_arguments(Work& work, void** parameters) {
 static Result run_kernel(const Work& work) {
     std::vector<void*> pointers = argument_pointers(work);
     cuda_host::launch(*work.function->kernel, work.grid, work.block, work.shared_bytes, pointers.data());
-    check_slack(work.function->name.c_str());
+    // Names the kernel where that does not cost more than to run it; else the end of the allocation has to do.
+    const auto& all = driver().allocations;
+    if (all.size() <= 64)
+        for (const auto& [begin, allocation] : all) check_slack(begin, allocation, work.function->name.c_str());
     return Success;
 }
 
@@ -441,6 +468,10 @@ static Result run_copy(const Work& work) {
 static Result run_fill(const Work& work) {
     REQUIRE(on_device(reinterpret_cast<Pointer>(work.to), work.bytes), InvalidValue);
     auto* bytes = static_cast<unsigned char*>(work.to);
+    if (work.width == 1) {
+        memset(bytes, (int)work.value, work.bytes);
+        return Success;
+    }
     for (size_t i = 0; i < work.bytes; i += work.width) memcpy(bytes + i, &work.value, work.width);
     return Success;
 }
@@ -451,7 +482,10 @@ static Result run(const Work& work) {
         case Work::Copy: return run_copy(work);
         case Work::Fill: return run_fill(work);
         case Work::Record: *work.time = now(); return Success;
-        case Work::Wait: return driver().streams.count(work.stream) || work.stream == &driver().null_stream ? run_until(*work.stream, work.position) : Success;
+        case Work::Wait:
+            return driver().streams.count(work.stream) || work.stream == &driver().null_stream
+                       ? run_until(*work.stream, work.position)
+                       : Success;
         case Work::Host: work.callback(work.data); return Success;
         case Work::Free: return release(reinterpret_cast<Pointer>(work.to), Allocation::Device);
         case Work::Graph:
@@ -660,40 +694,42 @@ static constexpr int shared_opt_in = 163 << 10;
 static int attribute_value(int attribute) {
     const Settings& settings = driver().settings;
     switch (attribute) {
-        case 1: return 1024;                      // threads a block
-        case 2: case 3: return 1024;              // block x, y
-        case 4: return 64;                        // block z
-        case 5: return 2147483647;                // grid x
-        case 6: case 7: return 65535;             // grid y, z
-        case 8: return 48 << 10;                  // shared memory a block
-        case 9: return 64 << 10;                  // constant memory
-        case 10: return 32;                       // warp
-        case 12: return 65536;                    // registers a block
-        case 13: return 1300000;                  // clock, kHz
-        case 15: return 1;                        // copies beside kernels
-        case 16: return 16;                       // multiprocessors
-        case 18: return settings.integrated;      // shares memory with the host
-        case 19: return settings.integrated;      // can map host memory
-        case 31: return 1;                        // kernels side by side
-        case 36: return 3199000;                  // memory clock, kHz
-        case 37: return 256;                      // memory bus, bits
-        case 38: return 4 << 20;                  // second-level cache
-        case 39: return 1536;                     // threads a multiprocessor
-        case 40: return 1;                        // copy engines
-        case 41: return 1;                        // one address space
+        case 1: return 1024;  // threads a block
+        case 2:
+        case 3: return 1024;        // block x, y
+        case 4: return 64;          // block z
+        case 5: return 2147483647;  // grid x
+        case 6:
+        case 7: return 65535;                 // grid y, z
+        case 8: return 48 << 10;              // shared memory a block
+        case 9: return 64 << 10;              // constant memory
+        case 10: return 32;                   // warp
+        case 12: return 65536;                // registers a block
+        case 13: return 1300000;              // clock, kHz
+        case 15: return 1;                    // copies beside kernels
+        case 16: return 16;                   // multiprocessors
+        case 18: return settings.integrated;  // shares memory with the host
+        case 19: return settings.integrated;  // can map host memory
+        case 31: return 1;                    // kernels side by side
+        case 36: return 3199000;              // memory clock, kHz
+        case 37: return 256;                  // memory bus, bits
+        case 38: return 4 << 20;              // second-level cache
+        case 39: return 1536;                 // threads a multiprocessor
+        case 40: return 1;                    // copy engines
+        case 41: return 1;                    // one address space
         case 75: return settings.major;
         case 76: return settings.minor;
-        case 78: return 1;                        // priorities
-        case 81: return 164 << 10;                // shared memory a multiprocessor
-        case 82: return 65536;                    // registers a multiprocessor
-        case 83: return 1;                        // managed memory
-        case 91: return settings.integrated;      // host pointers of registered memory
-        case 97: return shared_opt_in;            // shared memory a block, on request
-        case 99: return 1;                        // registering host memory
-        case 106: return 16;                      // blocks a multiprocessor
-        case 111: return 1 << 10;                 // shared memory that the driver takes a block
-        case 113: return settings.integrated;     // registering host memory read-only
-        case 115: return 1;                       // memory pools
+        case 78: return 1;                     // priorities
+        case 81: return 164 << 10;             // shared memory a multiprocessor
+        case 82: return 65536;                 // registers a multiprocessor
+        case 83: return 1;                     // managed memory
+        case 91: return settings.integrated;   // host pointers of registered memory
+        case 97: return shared_opt_in;         // shared memory a block, on request
+        case 99: return 1;                     // registering host memory
+        case 106: return 16;                   // blocks a multiprocessor
+        case 111: return 1 << 10;              // shared memory that the driver takes a block
+        case 113: return settings.integrated;  // registering host memory read-only
+        case 115: return 1;                    // memory pools
         default: return 0;
     }
 }
@@ -856,7 +892,9 @@ API(cuMemHostRegister_v2, void* address, size_t bytes, unsigned flags) {
     d.allocations[begin] = {Allocation::Registered, bytes, nullptr, 0, 0};
     return Success;
 }
-API(cuMemHostRegister, void* address, size_t bytes, unsigned flags) { return cuMemHostRegister_v2(address, bytes, flags); }
+API(cuMemHostRegister, void* address, size_t bytes, unsigned flags) {
+    return cuMemHostRegister_v2(address, bytes, flags);
+}
 
 API(cuMemHostUnregister, void* address) {
     BEGIN(Current);
@@ -935,7 +973,8 @@ static Result check_image(const unsigned char* image) {
         memcpy(&header, image, sizeof(header));
         REQUIRE(header.e_machine == 190, InvalidImage);  // EM_CUDA
         // Since ABI version 8 the architecture is in the second byte of the flags.
-        const unsigned architecture = (header.e_ident[EI_ABIVERSION] >= 8 ? header.e_flags >> 8 : header.e_flags) & 0xffu;
+        const unsigned architecture =
+            (header.e_ident[EI_ABIVERSION] >= 8 ? header.e_flags >> 8 : header.e_flags) & 0xffu;
         const bool fits = (int)architecture / 10 == settings.major && (int)architecture % 10 <= settings.minor;
         return fits ? Success : NoBinaryForGpu;
     }
@@ -953,7 +992,9 @@ API(cuModuleLoadData, void** module, const void* image) {
     *module = new Module();
     return Success;
 }
-API(cuModuleLoadDataEx, void** module, const void* image, unsigned, int*, void**) { return cuModuleLoadData(module, image); }
+API(cuModuleLoadDataEx, void** module, const void* image, unsigned, int*, void**) {
+    return cuModuleLoadData(module, image);
+}
 
 API(cuModuleUnload, void* module) {
     BEGIN(Current);
@@ -985,9 +1026,10 @@ API(cuFuncGetAttribute, int* value, int attribute, void* function) {
     REQUIRE(value && function, InvalidValue);
     const Settings& settings = driver().settings;
     switch (attribute) {
-        case 0: *value = 1024; break;                                          // threads a block
-        case 4: *value = 32; break;                                            // registers
-        case 5: case 6: *value = settings.major * 10 + settings.minor; break;  // versions of PTX and of the binary
+        case 0: *value = 1024; break;  // threads a block
+        case 4: *value = 32; break;    // registers
+        case 5:
+        case 6: *value = settings.major * 10 + settings.minor; break;  // versions of PTX and of the binary
         case 8: *value = static_cast<Function*>(function)->dynamic_shared; break;
         default: *value = 0;
     }
@@ -1016,7 +1058,8 @@ static int blocks_a_multiprocessor(int threads, size_t shared_bytes) {
     return std::min({by_threads, by_shared, 16});
 }
 
-API(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int* blocks, void* function, int threads, size_t shared_bytes, unsigned) {
+API(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int* blocks, void* function, int threads, size_t shared_bytes,
+    unsigned) {
     BEGIN(Current);
     REQUIRE(blocks && function, InvalidValue);
     *blocks = blocks_a_multiprocessor(threads, shared_bytes);
@@ -1028,7 +1071,8 @@ API(cuOccupancyMaxActiveBlocksPerMultiprocessor, int* blocks, void* function, in
 
 // ---- Launches.
 
-static Result make_launch(Work& work, void* function, dim3 grid, dim3 block, unsigned shared_bytes, void** parameters, void** extra) {
+static Result make_launch(Work& work, void* function, dim3 grid, dim3 block, unsigned shared_bytes, void** parameters,
+                          void** extra) {
     REQUIRE(function, InvalidHandle);
     work.function = static_cast<Function*>(function);
     REQUIRE(grid.x && grid.y && grid.z && block.x && block.y && block.z, InvalidValue);
@@ -1044,11 +1088,12 @@ static Result make_launch(Work& work, void* function, dim3 grid, dim3 block, uns
     return Success;
 }
 
-API(cuLaunchKernel, void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-    unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra) {
+API(cuLaunchKernel, void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+    unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra) {
     BEGIN(Current);
     Work work(Work::Kernel);
-    TRY(make_launch(work, function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared_bytes, parameters, extra));
+    TRY(make_launch(work, function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared_bytes,
+                    parameters, extra));
     return submit(stream, std::move(work));
 }
 
@@ -1250,7 +1295,9 @@ API(cuEventElapsedTime, float* milliseconds, void* begin_handle, void* end_handl
     *milliseconds = (float)((*end->time - *begin->time) * 1e3);
     return Success;
 }
-API(cuEventElapsedTime_v2, float* milliseconds, void* begin, void* end) { return cuEventElapsedTime(milliseconds, begin, end); }
+API(cuEventElapsedTime_v2, float* milliseconds, void* begin, void* end) {
+    return cuEventElapsedTime(milliseconds, begin, end);
+}
 
 // ---- Graphs. The order of capture is an order that respects all dependencies.
 
@@ -1296,7 +1343,8 @@ API(cuGraphGetNodes, void* handle, void** nodes, size_t* count) {
     BEGIN(Current);
     Graph* graph = static_cast<Graph*>(handle);
     REQUIRE(graph && count, InvalidValue);
-    while (graph->handles.size() < graph->works.size()) graph->handles.push_back(new Node{graph, graph->handles.size(), {}});
+    while (graph->handles.size() < graph->works.size())
+        graph->handles.push_back(new Node{graph, graph->handles.size(), {}});
     const size_t room = *count;
     *count = graph->works.size();
     if (!nodes) return Success;
@@ -1329,8 +1377,8 @@ struct KernelNodeParameters {
 
 static Result set_kernel(Work& work, const KernelNodeParameters* p) {
     REQUIRE(p && work.kind == Work::Kernel, InvalidValue);
-    return make_launch(work, p->function, dim3(p->grid_x, p->grid_y, p->grid_z), dim3(p->block_x, p->block_y, p->block_z),
-                       p->shared_bytes, p->parameters, p->extra);
+    return make_launch(work, p->function, dim3(p->grid_x, p->grid_y, p->grid_z),
+                       dim3(p->block_x, p->block_y, p->block_z), p->shared_bytes, p->parameters, p->extra);
 }
 
 API(cuGraphKernelNodeGetParams_v2, void* handle, KernelNodeParameters* p) {
@@ -1340,8 +1388,16 @@ API(cuGraphKernelNodeGetParams_v2, void* handle, KernelNodeParameters* p) {
     const Work& work = node->graph->works[node->index];
     REQUIRE(work.kind == Work::Kernel, InvalidValue);
     node->pointers = argument_pointers(work);
-    *p = {const_cast<Function*>(work.function), work.grid.x, work.grid.y, work.grid.z, work.block.x, work.block.y, work.block.z,
-          work.shared_bytes, node->pointers.data(), nullptr};
+    *p = {const_cast<Function*>(work.function),
+          work.grid.x,
+          work.grid.y,
+          work.grid.z,
+          work.block.x,
+          work.block.y,
+          work.block.z,
+          work.shared_bytes,
+          node->pointers.data(),
+          nullptr};
     void** more = reinterpret_cast<void**>(p + 1);
     more[0] = nullptr;
     more[1] = &driver().context;
