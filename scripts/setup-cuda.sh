@@ -40,6 +40,8 @@ fetch() {
     chmod 755 "$part"
     rm -rf "$folder"
     mv "$part" "$folder"
+    # Builds look for the compilers again when this folder has changed.
+    touch -c kernels/cuda
 }
 
 fetch cuda126

@@ -5,6 +5,7 @@
 
 mod check;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod scales;
 pub mod tensor;

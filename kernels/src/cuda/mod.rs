@@ -1,0 +1,6 @@
+//! CUDA.
+
+mod compile;
+pub mod images;
+
+pub use compile::CompileError;
