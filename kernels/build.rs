@@ -14,7 +14,7 @@ use std::ffi::OsString;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{env, fs, io};
 
 use nvrtc::Nvrtc;
@@ -47,7 +47,10 @@ fn run() -> Result<(), String> {
     fs::create_dir_all(&cubins).map_err(|error| format!("{}: {error}", cubins.display()))?;
     compile(&jobs, &cubins)?;
     write_tables(&out, &sources, &jobs, &left_out).map_err(|error| format!("{}: {error}", out.display()))?;
-    clean(&jobs, &cubins);
+    // A build without the compilers does not cost the next one with them its results.
+    if left_out.is_empty() {
+        clean(&jobs, &cubins);
+    }
     // Tests that need the compilers are ignored, with a word, unless all of them are there.
     println!("cargo::rustc-check-cfg=cfg(cuda_compilers)");
     if left_out.is_empty() {
@@ -142,24 +145,26 @@ fn compile(jobs: &[Job<'_>], folder: &Path) -> Result<(), String> {
     // Taken from the end: the longest first.
     missing.sort_by_key(|job| job.text.len());
     let workers = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1).min(missing.len());
-    let (missing, errors) = (Mutex::new(missing), Mutex::new(Vec::new()));
+    let (missing, failed) = (Mutex::new(missing), Mutex::new(None));
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
-                while let Some(job) = take(&missing) {
+                while let Some(job) = lock(&missing).pop() {
                     if let Err(error) = job.run(folder) {
-                        errors.lock().unwrap_or_else(|poison| poison.into_inner()).push(error);
+                        // One is enough: the other targets' would say the same.
+                        lock(&missing).clear();
+                        *lock(&failed) = Some(error);
                     }
                 }
             });
         }
     });
-    let errors = errors.into_inner().unwrap_or_else(|poison| poison.into_inner());
-    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
+    let failed = lock(&failed).take();
+    failed.map_or(Ok(()), Err)
 }
 
-fn take<T>(list: &Mutex<Vec<T>>) -> Option<T> {
-    list.lock().unwrap_or_else(|poison| poison.into_inner()).pop()
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Job<'_> {
@@ -198,8 +203,8 @@ fn clean(jobs: &[Job<'_>], folder: &Path) {
 
 /// Writes the tables that src/cuda/images.rs and tests/cuda_table include.
 fn write_tables(out: &Path, sources: &Sources, jobs: &[Job<'_>], left_out: &LeftOut) -> io::Result<()> {
-    let mut table = String::from("static IMAGES: &[(u32, &str, &[u8])] = &[\n");
-    let mut logs = String::from("static LOGS: &[(u32, &str, &str)] = &[\n");
+    let mut table = String::from("pub(super) static IMAGES: &[(u32, &str, &[u8])] = &[\n");
+    let mut logs = String::from("pub(super) static LOGS: &[(u32, &str, &str)] = &[\n");
     for job in jobs {
         let (architecture, family) = (job.target.architecture, job.family);
         let packed = include("include_bytes", &format!("cubins/{}", job.packed()));
@@ -208,9 +213,9 @@ fn write_tables(out: &Path, sources: &Sources, jobs: &[Job<'_>], left_out: &Left
         let _ = writeln!(logs, "    ({architecture}, {family:?}, {log}),");
     }
     logs.push_str("];\n");
-    let _ = writeln!(table, "];\nstatic LEFT_OUT: &[(&str, &str)] = &{left_out:?};");
+    let _ = writeln!(table, "];\npub(super) static LEFT_OUT: &[(&str, &str)] = &{left_out:?};");
     for (name, files) in [("FAMILIES", &sources.families), ("HEADERS", &sources.headers)] {
-        let _ = writeln!(table, "static {name}: &[(&str, &[u8])] = &[");
+        let _ = writeln!(table, "pub(super) static {name}: &[(&str, &[u8])] = &[");
         for (file, text) in files {
             let path = format!("{}-{file}.z", name.to_lowercase());
             fs::write(out.join(&path), miniz_oxide::deflate::compress_to_vec_zlib(text.as_bytes(), LEVEL))?;

@@ -124,7 +124,7 @@ impl Compiler {
         let (_, text) = self.sources.families.iter().find(|(name, _)| name == family).ok_or_else(missing)?;
         let entry = self.cache.as_ref().map(|folder| folder.join(self.entry(family, text)));
         if let Some(image) = entry.as_deref().and_then(read) {
-            log::debug!("CUDA kernels {family}: compiled before, in {:?}", entry.as_deref().unwrap_or(Path::new("")));
+            log::debug!("CUDA kernels {family}: compiled by an earlier start");
             return Ok(image);
         }
         let start = Instant::now();
@@ -140,10 +140,10 @@ impl Compiler {
             "CUDA kernels {family}: compiled for {} by NVRTC {major}.{minor} in {seconds:.1} s",
             self.goal.name()
         );
-        if let Some(entry) = entry {
-            if let Err(error) = write(&entry, &image) {
-                log::warn!("{} could not be kept for the next start: {error}", entry.display());
-            }
+        if let Some(entry) = entry
+            && let Err(error) = write(&entry, &image)
+        {
+            log::warn!("{} could not be kept for the next start: {error}", entry.display());
         }
         Ok(image)
     }
@@ -285,7 +285,7 @@ mod tests {
     fn a_missing_compiler_or_header_is_named() {
         let folder = Folder::new("toolkit");
         // The machine that runs this may have a compiler of its own.
-        match find_nvrtc(&[folder.0.clone()]).map(|_| ()) {
+        match find_nvrtc(std::slice::from_ref(&folder.0)).map(|_| ()) {
             Ok(()) | Err(CompileError::NoHeaders { .. }) => return,
             Err(error) => {
                 let said = error.to_string();
@@ -294,7 +294,7 @@ mod tests {
         }
         fs::create_dir_all(folder.0.join("lib64")).expect("a folder");
         fs::write(folder.0.join("lib64/libnvrtc.so.12"), "no library").expect("written");
-        let error = find_nvrtc(&[folder.0.clone()]).map(|_| ()).expect_err("no headers");
+        let error = find_nvrtc(std::slice::from_ref(&folder.0)).map(|_| ()).expect_err("no headers");
         assert!(matches!(error, CompileError::NoHeaders { .. }), "{error}");
         assert!(error.to_string().contains(HEADER), "{error}");
     }
