@@ -6,7 +6,7 @@ PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
-.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser
+.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser cuda cuda-proof cuda-table
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -17,6 +17,17 @@ setup: ## install what is missing (GStreamer and its development files, by apt)
 
 build: setup ## build the command line, target/release/candor
 	cargo build --locked --profile $(PROFILE) $(PACKAGES)
+
+cuda: setup ## build the command line with the kernels for every GPU (fetches CUDA's compilers by pip into .tools)
+	@scripts/setup-cuda.sh thor
+	CANDOR_CUDA=all cargo build --locked --profile $(PROFILE) $(PACKAGES)
+
+cuda-proof: setup ## run every test of the CUDA kernels that needs no GPU
+	@scripts/cuda-proof.sh
+
+cuda-table: ## write docs/cuda-kernels.md, what each kernel takes on each GPU
+	@scripts/setup-cuda.sh thor
+	CANDOR_WRITE_TABLE=1 cargo test --locked --quiet -p candor-kernels --test cuda_table
 
 test: setup ## run every test
 	@scripts/test.sh

@@ -27,9 +27,10 @@ step() {
 }
 step fmt cargo fmt --all --check
 step fmt-candle cargo fmt --manifest-path tools/rivals/candle/Cargo.toml --check
-step clippy cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+# Clippy has build results of its own, which need no GPU kernels.
+step clippy env CANDOR_CUDA=none cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 # With no GStreamer the runtime still has to build.
-step clippy-no-media cargo clippy --locked -p candor --no-default-features --all-targets --quiet -- -D warnings
+step clippy-no-media env CANDOR_CUDA=none cargo clippy --locked -p candor --no-default-features --all-targets --quiet -- -D warnings
 step doc env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 step deny "$deny" --log-level error check --hide-inclusion-graph licenses bans sources
 

@@ -29,8 +29,8 @@ fetch() {
     echo "setup-cuda: fetching the compiler of $list into $folder"
     mkdir -p .tools
     part=$(mktemp -d ".tools/$1.XXXXXX")
-    pip install --quiet --root-user-action ignore --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --target "$part" \
-        --requirement "$list" || {
+    pip install --quiet --root-user-action ignore --disable-pip-version-check --no-deps --only-binary :all: \
+        --require-hashes --target "$part" --requirement "$list" || {
         rm -rf "$part"
         fail "pip could not fetch them (its messages stand above); there are packages for Linux on x86-64 and 64-bit ARM"
     }
@@ -40,6 +40,8 @@ fetch() {
     chmod 755 "$part"
     rm -rf "$folder"
     mv "$part" "$folder"
+    # Builds look for the compilers again when this folder has changed.
+    touch -c kernels/cuda
 }
 
 fetch cuda126

@@ -23,6 +23,8 @@ if ! [ -d "$(rustc --print target-libdir --target $target)" ]; then
     export RUSTC=/usr/bin/rustc
 fi
 
+# No GPU is simulated.
+export CANDOR_CUDA=none
 # A folder of its own, as the compiler may be another one.
 export CARGO_TARGET_DIR=target/arm64
 # Linked as a whole, so that qemu needs no C library of the other architecture.

@@ -1,10 +1,11 @@
 //! NVIDIA's run-time compiler, NVRTC, opened from a folder: CUDA C++ in, PTX and machine code out, with no GPU and no
 //! driver.
 //!
-//! build.rs compiles the kernels with it, and tests take this file in by `#[path]`; so it needs only `libloading`.
+//! build.rs compiles the kernels with it, src/cuda/compile.rs does where the program runs, and tests take this file in by
+//! `#[path]`; so it needs only `libloading`.
 #![allow(dead_code, unreachable_pub)] // Each of them uses a part of it.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
@@ -16,6 +17,8 @@ pub const OPTIONS: &[&str] = &["-std=c++17"];
 const LIBRARY_FOLDERS: &[&str] = &["nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib", "lib64", "lib"];
 /// Where the headers lie.
 const HEADER_FOLDERS: &[&str] = &["nvidia/cuda_runtime/include", "nvidia/cu13/include", "include"];
+/// How the library's name begins.
+const LIBRARY: &str = "libnvrtc.so.";
 
 type Program = *mut c_void;
 type ProgramSize = unsafe extern "C" fn(Program, *mut usize) -> c_int;
@@ -25,6 +28,7 @@ type ProgramBytes = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 pub struct Nvrtc {
     version: (i32, i32),
     headers: PathBuf,
+    architectures: Vec<u32>,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     create: unsafe extern "C" fn(
         *mut Program,
@@ -55,21 +59,35 @@ pub struct Compiled {
 impl Nvrtc {
     /// Opens the compiler of a folder, as scripts/setup-cuda.sh or a CUDA toolkit lays it out.
     pub fn open(folder: &Path) -> Result<Nvrtc, String> {
-        let library = file(folder, LIBRARY_FOLDERS, "libnvrtc.so.")?;
+        let library = file(folder, LIBRARY_FOLDERS, LIBRARY)?;
         let builtins = file(folder, LIBRARY_FOLDERS, "libnvrtc-builtins.so.")?;
         let header = file(folder, HEADER_FOLDERS, "cuda_fp16.h")?;
         let headers = header.parent().map(Path::to_path_buf).unwrap_or_default();
         // NVRTC 13 looks for its builtins by name alone: they must be there before they are asked for.
-        load(&builtins)?;
-        let library = load(&library)?;
-        // SAFETY: the names and types are those of nvrtc.h, the same since CUDA 11.1.
+        load(builtins.as_os_str())?;
+        Nvrtc::from_library(load(library.as_os_str())?, headers)
+    }
+
+    /// Opens the compiler that the system finds by the library's `name`; CUDA's headers are in the folder `headers`.
+    pub fn open_named(name: &str, headers: &Path) -> Result<Nvrtc, String> {
+        Nvrtc::from_library(load(OsStr::new(name))?, headers.to_path_buf())
+    }
+
+    fn from_library(library: &'static Library, headers: PathBuf) -> Result<Nvrtc, String> {
+        // SAFETY: the names and types are those of nvrtc.h, the same since CUDA 11.2.
         unsafe {
             let version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int = symbol(library, "nvrtcVersion")?;
-            let (mut major, mut minor) = (0, 0);
+            let count: unsafe extern "C" fn(*mut c_int) -> c_int = symbol(library, "nvrtcGetNumSupportedArchs")?;
+            let list: unsafe extern "C" fn(*mut c_int) -> c_int = symbol(library, "nvrtcGetSupportedArchs")?;
+            let (mut major, mut minor, mut len) = (0, 0, 0);
             version(&mut major, &mut minor);
+            count(&mut len);
+            let mut architectures = vec![0; len.max(0) as usize];
+            list(architectures.as_mut_ptr());
             Ok(Nvrtc {
                 version: (major, minor),
                 headers,
+                architectures: architectures.into_iter().filter_map(|number| u32::try_from(number).ok()).collect(),
                 error_string: symbol(library, "nvrtcGetErrorString")?,
                 create: symbol(library, "nvrtcCreateProgram")?,
                 destroy: symbol(library, "nvrtcDestroyProgram")?,
@@ -84,6 +102,11 @@ impl Nvrtc {
     /// Major and minor version.
     pub fn version(&self) -> (i32, i32) {
         self.version
+    }
+
+    /// The architectures that it compiles for: 87 for sm_87.
+    pub fn architectures(&self) -> &[u32] {
+        &self.architectures
     }
 
     /// The folder of CUDA's own headers.
@@ -207,9 +230,14 @@ fn file(folder: &Path, places: &[&str], prefix: &str) -> Result<PathBuf, String>
     places.iter().find_map(files).ok_or_else(|| format!("no {prefix} in {} ({})", folder.display(), places.join(", ")))
 }
 
-fn load(path: &Path) -> Result<&'static Library, String> {
+/// Whether a folder has the compiler's library, with or without what else it needs.
+pub fn has_library(folder: &Path) -> bool {
+    file(folder, LIBRARY_FOLDERS, LIBRARY).is_ok()
+}
+
+fn load(name: &OsStr) -> Result<&'static Library, String> {
     // SAFETY: NVIDIA's compiler; it does nothing when it is loaded, and it is never unloaded.
-    let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+    let library = unsafe { Library::new(name) }.map_err(|error| error.to_string())?;
     Ok(Box::leak(Box::new(library)))
 }
 

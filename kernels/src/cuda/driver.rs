@@ -30,7 +30,7 @@ pub enum CudaError {
         ordinal: usize,
     },
     /// This program has no kernels for the GPU, and none could be made.
-    #[error("there are no kernels for {name} (compute capability {}.{}); this program has them for {built}. {hint}",
+    #[error("there are no kernels for {name} (compute capability {}.{}): this program has them for {built}, and {hint}",
         .capability.0, .capability.1)]
     Architecture {
         /// The GPU.
@@ -51,6 +51,12 @@ pub enum CudaError {
     /// The GPU is gone.
     #[error("the GPU was lost ({0}); look at the kernel's log (dmesg), then start the program again")]
     Lost(String),
+    /// The kernels inside this program cannot be had.
+    #[error(transparent)]
+    Image(#[from] super::images::ImageError),
+    /// The kernels could not be compiled for the GPU.
+    #[error(transparent)]
+    Compile(#[from] super::CompileError),
     /// Anything else the driver says.
     #[error("the CUDA driver says {0}")]
     Driver(String),

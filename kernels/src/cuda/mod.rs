@@ -26,7 +26,9 @@ macro_rules! arguments {
 
 mod attention;
 mod cache;
+mod compile;
 mod driver;
+pub mod images;
 mod launch;
 mod layers;
 pub mod ledger;
@@ -34,6 +36,7 @@ mod roof;
 mod weight;
 
 pub use cache::CudaCache;
+pub use compile::CompileError;
 pub use driver::CudaError;
 pub use weight::CudaWeight;
 
@@ -131,8 +134,11 @@ impl CudaDevice {
         ordinal: usize,
         image: impl Fn(&str) -> std::result::Result<Vec<u8>, CudaError>,
     ) -> std::result::Result<Self, CudaError> {
-        let gpu = driver::open(ordinal)?;
-        let kernels = Kernels::load(&gpu, &image)?;
+        Self::with_gpu(driver::open(ordinal)?, &image)
+    }
+
+    fn with_gpu(gpu: Gpu, image: &launch::Images<'_>) -> std::result::Result<Self, CudaError> {
+        let kernels = Kernels::load(&gpu, image)?;
         let inner =
             Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default(), parts: Mutex::default() };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
@@ -148,9 +154,20 @@ impl CudaDevice {
     /// Opens GPU number `ordinal` with the kernels of this program.
     pub fn open(ordinal: usize) -> std::result::Result<Self, CudaError> {
         let gpu = driver::open(ordinal)?;
-        let hint = "run make cuda".to_owned();
-        let (name, capability) = (gpu.name, gpu.capability);
-        Err(CudaError::Architecture { name, capability, built: "none".to_owned(), hint })
+        if let Some(architecture) = images::find(gpu.capability) {
+            log::info!("{}: the kernels for {architecture} of this program", gpu.name);
+            return Self::with_gpu(gpu, &|family| Ok(images::cubin(architecture, family)?));
+        }
+        let compiler = compile::Compiler::find(gpu.capability, gpu.driver).map_err(|error| {
+            let built = images::architectures().iter().map(|number| format!("sm_{number}")).collect::<Vec<_>>();
+            CudaError::Architecture {
+                name: gpu.name.clone(),
+                capability: gpu.capability,
+                built: if built.is_empty() { "no GPU".to_owned() } else { built.join(", ") },
+                hint: format!("they cannot be made here: {error}; `make cuda` builds a program with all of them"),
+            }
+        })?;
+        Self::with_gpu(gpu, &|family| Ok(compiler.image(family)?))
     }
 
     /// The names of the files of cuda/ that kernels come from.

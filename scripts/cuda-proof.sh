@@ -1,0 +1,42 @@
+#!/bin/sh
+# Everything about the CUDA kernels that can be proven without a GPU: the tests whose names begin with cuda, emulator or
+# ptx, with none left out, and the unit tests of src/cuda. The last line counts them.
+set -eu
+cd "$(dirname "$0")/.."
+scripts/setup-cuda.sh thor
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# tests FOLDER: the tests of those names of the package there, as options for cargo.
+tests() {
+    for path in "$1"/tests/cuda* "$1"/tests/emulator* "$1"/tests/ptx*; do
+        # A file, or a folder with a main file; other folders are parts of tests.
+        if [ -f "$path" ] || [ -f "$path/main.rs" ]; then
+            printf -- ' --test %s' "$(basename "$path" .rs)"
+        fi
+    done
+}
+result=0
+# run ARGUMENTS…: cargo test, its output shown and kept.
+run() {
+    echo "cuda-proof: cargo test $*"
+    { cargo test --locked --no-fail-fast "$@" 2>&1 || echo "cuda-proof: failed: cargo test $*"; } | tee -a "$log"
+}
+run -p candor-kernels --lib cuda::
+for package in candor-kernels:kernels candor:runtime; do
+    options=$(tests "${package#*:}")
+    # The words of $options are options for cargo.
+    # shellcheck disable=SC2086
+    [ -z "$options" ] || run -p "${package%%:*}" $options
+done
+
+count() {
+    grep '^test result:' "$log" | grep -oE "[0-9]+ $1" | awk '{ sum += $1 } END { print sum + 0 }'
+}
+grep -q '^cuda-proof: failed' "$log" && result=1
+if [ "$(count ignored)" != 0 ]; then
+    echo "cuda-proof: $(count ignored) tests were left out (the reasons stand above)"
+    result=1
+fi
+echo "$(count passed) passed, $(count failed) failed"
+exit $result
