@@ -82,13 +82,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_f32(const float*
                                                                     Shape shape, Strides strides, float* out) {
     attend<float>(q, k, v, nullptr, nullptr, shape, strides, out);
 }
-EXPORT(attention_f32)
+EXPORT(attention_f32) // 512 bytes of dynamic shared memory
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_f16(const float* q, const __half* k, const __half* v,
                                                                     Shape shape, Strides strides, float* out) {
     attend<__half>(q, k, v, nullptr, nullptr, shape, strides, out);
 }
-EXPORT(attention_f16)
+EXPORT(attention_f16) // 512 bytes of dynamic shared memory
 
 // Keys without their mean: that changes every score of a query by the same, which softmax does not see.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -96,4 +96,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  Shape shape, Strides strides, float* out) {
     attend<signed char>(q, k, v, k_scales, v_scales, shape, strides, out);
 }
-EXPORT(attention_i8)
+EXPORT(attention_i8) // 512 bytes of dynamic shared memory

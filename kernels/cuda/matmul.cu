@@ -206,10 +206,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     matmul_i4(const int* codes, const float* scales, int rows, int blocks, int chunk, Layers layers) {
     matmul<4>(codes, scales, rows, blocks, chunk, layers);
 }
-EXPORT(matmul_i4)
+EXPORT(matmul_i4) // 24576 bytes of dynamic shared memory
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     matmul_i8(const int* codes, const float* scales, int rows, int blocks, int chunk, Layers layers) {
     matmul<8>(codes, scales, rows, blocks, chunk, layers);
 }
-EXPORT(matmul_i8)
+EXPORT(matmul_i8) // 30720 bytes of dynamic shared memory

@@ -115,3 +115,8 @@ fn both<D: Device>(
     let [a, b] = at_once;
     [a, b, read(device, &c, len)]
 }
+
+#[test]
+fn a_good_gpu_passes_its_own_test() {
+    stand_in::device().self_test().expect("the kernels are right");
+}

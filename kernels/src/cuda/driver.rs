@@ -57,6 +57,14 @@ pub enum CudaError {
     /// The kernels could not be compiled for the GPU.
     #[error(transparent)]
     Compile(#[from] super::CompileError),
+    /// The GPU does not compute what the CPU does.
+    #[error(
+        "the GPU failed the test of its kernels: {what}; it is not used. Please report this with the output of candor doctor"
+    )]
+    SelfTest {
+        /// The operation that differs, or its error.
+        what: String,
+    },
     /// Anything else the driver says.
     #[error("the CUDA driver says {0}")]
     Driver(String),
@@ -165,6 +173,42 @@ pub(super) fn open(ordinal: usize) -> Result<Gpu, CudaError> {
     let integrated = context.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_INTEGRATED)? > 0;
     let (name, capability) = (context.name()?, context.compute_capability()?);
     Ok(Gpu { context, stream, name, capability, driver, integrated })
+}
+
+/// A GPU that the driver names.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its number.
+    pub ordinal: usize,
+    /// What its maker calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of memory.
+    pub memory: usize,
+}
+
+/// Every GPU that the driver names.
+pub(super) fn all() -> Result<Vec<Found>, CudaError> {
+    use cudarc::driver::result::{device, init};
+    use sys::CUdevice_attribute_enum as attribute;
+    check_driver()?;
+    init().map_err(|error| no_device(error, 0))?;
+    let count = device::get_count().map_err(|error| no_device(error, 0))?;
+    let find = |ordinal: i32| -> Result<Found, CudaError> {
+        let device = device::get(ordinal)?;
+        // SAFETY: the device is one of those that were counted.
+        let (major, minor, memory) = unsafe {
+            (
+                device::get_attribute(device, attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                device::get_attribute(device, attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+                device::total_mem(device)?,
+            )
+        };
+        let name = device::get_name(device)?;
+        Ok(Found { ordinal: ordinal as usize, name, capability: (major, minor), memory })
+    };
+    (0..count).map(find).collect()
 }
 
 fn no_device(error: DriverError, ordinal: usize) -> CudaError {

@@ -33,11 +33,12 @@ mod launch;
 mod layers;
 pub mod ledger;
 mod roof;
+mod self_test;
 mod weight;
 
 pub use cache::CudaCache;
 pub use compile::CompileError;
-pub use driver::CudaError;
+pub use driver::{CudaError, Found};
 pub use weight::CudaWeight;
 
 use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
@@ -151,12 +152,18 @@ impl CudaDevice {
         self
     }
 
-    /// Opens GPU number `ordinal` with the kernels of this program.
+    /// Every GPU that the driver names.
+    pub fn all() -> std::result::Result<Vec<Found>, CudaError> {
+        driver::all()
+    }
+
+    /// Opens GPU number `ordinal` with the kernels of this program, or with kernels that are compiled for it here, and runs each
+    /// once ([`CudaDevice::self_test`]).
     pub fn open(ordinal: usize) -> std::result::Result<Self, CudaError> {
         let gpu = driver::open(ordinal)?;
         if let Some(architecture) = images::find(gpu.capability) {
             log::info!("{}: the kernels for {architecture} of this program", gpu.name);
-            return Self::with_gpu(gpu, &|family| Ok(images::cubin(architecture, family)?));
+            return Self::with_gpu(gpu, &|family| Ok(images::cubin(architecture, family)?))?.tested();
         }
         let compiler = compile::Compiler::find(gpu.capability, gpu.driver).map_err(|error| {
             let built = images::architectures().iter().map(|number| format!("sm_{number}")).collect::<Vec<_>>();
@@ -167,7 +174,12 @@ impl CudaDevice {
                 hint: format!("they cannot be made here: {error}; `make cuda` builds a program with all of them"),
             }
         })?;
-        Self::with_gpu(gpu, &|family| Ok(compiler.image(family)?))
+        Self::with_gpu(gpu, &|family| Ok(compiler.image(family)?))?.tested()
+    }
+
+    fn tested(self) -> std::result::Result<Self, CudaError> {
+        self.self_test()?;
+        Ok(self)
     }
 
     /// The names of the files of cuda/ that kernels come from.

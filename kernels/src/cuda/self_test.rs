@@ -1,0 +1,219 @@
+//! Whether a GPU computes what the CPU does: every kernel once, on small inputs. A GPU that does not is not used.
+
+use super::{CudaDevice, CudaError};
+use crate::cpu::CpuDevice;
+use crate::device::{Activation, AttentionShape, CacheType, Device, Result, Unfold};
+use crate::scales::Scales;
+use crate::tensor::{DType, HostTensor};
+
+/// Error allowed, relative to the largest value of an output. Wrong kernels are off by far more; queries that are rounded to
+/// bytes on one side alone, by some thousandths.
+const ALLOWED: f32 = 2e-2;
+
+impl CudaDevice {
+    /// Runs every kernel once, and holds the results against the CPU's.
+    ///
+    /// # Errors
+    /// [`CudaError::SelfTest`] names the first operation that differs.
+    pub fn self_test(&self) -> std::result::Result<(), CudaError> {
+        let failed = |what: &str| CudaError::SelfTest { what: what.to_owned() };
+        let expected = outputs(&CpuDevice::new(Some(1))).map_err(|error| failed(&error.to_string()))?;
+        for device in [self.clone(), self.clone().exact()] {
+            let found = outputs(&device).map_err(|error| failed(&error.to_string()))?;
+            for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+                let size = expected.iter().fold(1e-3f32, |size, value| size.max(value.abs()));
+                let differs = |(a, b): (&f32, &f32)| !((a - b).abs() <= ALLOWED * size);
+                if found.len() != expected.len() || found.iter().zip(expected).any(differs) {
+                    return Err(failed(name));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Numbers between -1 and 1 that repeat themselves (Knuth's multiplicative hash).
+fn numbers(count: usize, seed: u32) -> Vec<f32> {
+    (0..count as u32).map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
+}
+
+/// A weight `[rows, depth]` of a type; none where the type has no such weight.
+fn stored(dtype: DType, rows: usize, depth: usize) -> Option<HostTensor> {
+    let values = numbers(rows * depth, 7);
+    let half = |bits: fn(f32) -> u16| values.iter().flat_map(|&value| bits(value).to_le_bytes()).collect::<Vec<u8>>();
+    let (bytes, scales) = match dtype {
+        DType::F32 => return HostTensor::from_f32(&values, &[rows, depth]).ok(),
+        DType::F16 => (half(|value| half::f16::from_f32(value).to_bits()), None),
+        DType::BF16 => (half(|value| half::bf16::from_f32(value).to_bits()), None),
+        DType::I8 => {
+            let codes = values.iter().map(|value| (value * 127.0) as i8 as u8).collect();
+            (codes, Some(Scales::rows(numbers(rows, 3).iter().map(|scale| 0.01 + 0.001 * scale).collect::<Vec<f32>>())))
+        }
+        DType::I4 => {
+            let codes = values.iter().step_by(2).map(|value| (value.to_bits() >> 7) as u8).collect();
+            let scales = numbers(rows * depth / 32, 3).iter().map(|scale| 0.1 + 0.01 * scale).collect();
+            (codes, Some(Scales::groups_from_f32(scales, 32, rows).ok()?))
+        }
+    };
+    let mut padded = vec![0; bytes.len() + 8];
+    let start = padded.as_ptr().align_offset(8);
+    padded[start..start + bytes.len()].copy_from_slice(&bytes);
+    HostTensor::new(std::sync::Arc::new(padded), start, bytes.len(), dtype, vec![rows, depth], scales).ok()
+}
+
+/// What a device makes of each operation.
+fn outputs<D: Device>(device: &D) -> Result<Vec<(String, Vec<f32>)>> {
+    let mut found = Vec::new();
+    let buffer = |count: usize, seed: u32| {
+        let mut buffer = device.allocate(count)?;
+        device.write(&numbers(count, seed), &mut buffer, 0)?;
+        Ok(buffer)
+    };
+    let mut keep = |name: &str, buffer: &D::Buffer| {
+        let mut values = vec![0.0; device.len(buffer)];
+        device.read(buffer, 0, &mut values)?;
+        found.push((name.to_owned(), values));
+        Ok(())
+    };
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::I8, DType::I4] {
+        layers(device, dtype, &buffer, &mut keep)?;
+    }
+    for kind in [CacheType::F32, CacheType::F16, CacheType::I8] {
+        attention(device, kind, &buffer, &mut keep)?;
+    }
+    elementwise(device, &buffer, &mut keep)?;
+    volumes(device, &buffer, &mut keep)?;
+    Ok(found)
+}
+
+fn layers<D: Device>(
+    device: &D,
+    dtype: DType,
+    buffer: &impl Fn(usize, u32) -> Result<D::Buffer>,
+    keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>,
+) -> Result<()> {
+    let (outputs, depth) = (40, 192);
+    let Some(tensor) = stored(dtype, outputs, depth) else { return Ok(()) };
+    let weight = device.weight(&tensor)?;
+    for rows in [1, 5, 70] {
+        let (x, len) = (buffer(rows * depth, 1)?, rows * outputs);
+        let (mut out, mut scratch) = (buffer(len, 2)?, device.allocate(len)?);
+        device.linear_add(&x, rows, &weight, None, len, &mut scratch, &mut out)?;
+        keep(&format!("a layer of {dtype}, {rows} rows"), &out)?;
+        device.linear_gated(&x, rows, &weight, &weight, Activation::Silu, len, &mut scratch, &mut out)?;
+        keep(&format!("a gated layer of {dtype}, {rows} rows"), &out)?;
+    }
+    let mut out = device.allocate(2 * depth)?;
+    device.embed(&weight, &[3, 1], &mut out, 0)?;
+    keep(&format!("a table of {dtype}"), &out)
+}
+
+fn attention<D: Device>(
+    device: &D,
+    kind: CacheType,
+    buffer: &impl Fn(usize, u32) -> Result<D::Buffer>,
+    keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>,
+) -> Result<()> {
+    let (heads, key_heads, head_dim, rows, theta) = (6, 2, 64, 140, 1e4);
+    let mut cache = device.cache(kind, 160, key_heads, head_dim)?;
+    let (mut q, mut k) = (buffer(rows * heads * head_dim, 1)?, buffer(rows * key_heads * head_dim, 2)?);
+    let v = buffer(rows * key_heads * head_dim, 3)?;
+    device.cache_write(&k, &v, rows, &mut cache, 0)?;
+    device.rope_and_write(&mut q, &mut k, &v, rows, [heads, key_heads], head_dim, &mut cache, 0, theta)?;
+    keep("rotary positions", &q)?;
+    let mut copy = device.cache(kind, 150, key_heads, head_dim)?;
+    device.cache_copy(&cache, &mut copy, rows)?;
+    for (queries, causal) in [(1, true), (3, true)] {
+        let scale = 0.125;
+        let shape =
+            AttentionShape { batch: 1, queries, keys: rows, heads, key_heads, head_dim, causal, scale, rounded: false };
+        let mut out = device.allocate(queries * heads * head_dim)?;
+        device.cache_attention(&q, &copy, shape, &mut out)?;
+        keep(&format!("attention of {queries} to a cache of {kind:?}"), &out)?;
+    }
+    Ok(())
+}
+
+fn elementwise<D: Device>(
+    device: &D,
+    buffer: &impl Fn(usize, u32) -> Result<D::Buffer>,
+    keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>,
+) -> Result<()> {
+    let (rows, width) = (3, 130);
+    let len = rows * width;
+    let Some(tensor) = stored(DType::F16, 1, width) else { return Ok(()) };
+    let weight = device.weight(&tensor)?;
+    let (x, mut out) = (buffer(len, 1)?, device.allocate(len)?);
+    device.layer_norm(&x, rows, &weight, &weight, 1e-5, &mut out)?;
+    keep("layer norm", &out)?;
+    device.rms_norm(&x, rows, &weight, 1e-5, &mut out)?;
+    keep("RMS norm", &out)?;
+    device.softmax(&x, rows, width, &mut out)?;
+    keep("softmax", &out)?;
+    device.weighted_sum(&[&x, &x], &[0.25, 0.5], len, &mut out)?;
+    device.add(&mut out, &x, len)?;
+    device.multiply(&mut out, &x, len)?;
+    device.add_positions(&mut out, rows, &weight, 0)?;
+    keep("sums and products", &out)?;
+    for activation in [
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Silu,
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Relu,
+    ] {
+        let mut out = buffer(len, 4)?;
+        device.activate(activation, &mut out, len)?;
+        keep(&format!("{activation:?}"), &out)?;
+    }
+    let mut turned = buffer(2 * 64, 5)?;
+    device.rope(&mut turned, 2, 1, 64, 9, 1e6)?;
+    keep("rope", &turned)
+}
+
+fn volumes<D: Device>(
+    device: &D,
+    buffer: &impl Fn(usize, u32) -> Result<D::Buffer>,
+    keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>,
+) -> Result<()> {
+    let channels = 5;
+    let x = buffer(2 * 6 * 4 * channels, 1)?;
+    let unfold = Unfold {
+        size: [2, 6, 4],
+        channels,
+        kernel: [2, 2, 3],
+        stride: [1, 2, 1],
+        pad_before: [1, 0, 1],
+        pad_after: [0, 0, 1],
+    };
+    let mut out = device.allocate(unfold.output().iter().product::<usize>() * unfold.column())?;
+    device.unfold(&x, unfold, &mut out)?;
+    keep("columns of a convolution", &out)?;
+    let Some(tensor) = stored(DType::F32, channels, 9) else { return Ok(()) };
+    let mut out = device.allocate(2 * 6 * 4 * channels)?;
+    device.depthwise3x3(&x, [2, 6, 4], &device.weight(&tensor)?, None, &mut out)?;
+    keep("a depthwise convolution", &out)?;
+    let mut mean = device.allocate(2 * channels)?;
+    device.mean_rows(&x, 2, 24, channels, &mut mean)?;
+    device.scale_groups(&mut out, 2, 24, channels, &mean)?;
+    keep("means", &out)?;
+    let mut out = device.allocate(2 * 9 * 3 * channels)?;
+    device.bilinear(&x, 2, (6, 4), (9, 3), channels, &mut out)?;
+    keep("bilinear", &out)?;
+    let (q, k) = (buffer(2 * 5 * 32, 6)?, buffer(2 * 7 * 32, 7)?);
+    let shape = AttentionShape {
+        batch: 2,
+        queries: 5,
+        keys: 7,
+        heads: 2,
+        key_heads: 2,
+        head_dim: 16,
+        causal: false,
+        scale: 0.25,
+        rounded: false,
+    };
+    let mut out = device.allocate(2 * 5 * 32)?;
+    device.attention(&q, &k, &k, shape, &mut out)?;
+    keep("attention", &out)
+}
