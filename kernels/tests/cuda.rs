@@ -120,3 +120,15 @@ fn both<D: Device>(
 fn a_good_gpu_passes_its_own_test() {
     stand_in::device().self_test().expect("the kernels are right");
 }
+
+/// Kernels that are compiled wrongly: a norm without its root.
+#[test]
+fn a_wrong_gpu_fails_its_own_test() {
+    let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "a_good_gpu_passes_its_own_test"])
+        .env("CUDA_STANDIN_FLAGS", "-Dsqrtf=fabsf")
+        .output()
+        .expect("it starts");
+    let said = String::from_utf8_lossy(&child.stdout).into_owned() + &String::from_utf8_lossy(&child.stderr);
+    assert!(!child.status.success() && said.contains("SelfTest { what: \"layer norm\" }"), "{said}");
+}

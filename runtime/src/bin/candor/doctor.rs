@@ -9,9 +9,12 @@ use candor::manifest::{Manifest, ManifestError};
 use candor::media::Installed;
 use candor::message::{one_line, say};
 use candor::watch::{WatchSettings, Watcher};
+use candor_kernels::Device;
 use candor_kernels::cpu::{CpuDevice, KernelReport, measure_read_bandwidth};
+use candor_kernels::cuda::{CudaDevice, CudaError, images};
 use serde::Serialize;
 
+use crate::device::Choice;
 use crate::{folders, machine, plan};
 
 /// Larger than the caches of the processors this runs on.
@@ -26,7 +29,11 @@ pub(crate) struct Doctor {
     /// Folder of the verifier; else the one that the model names, else as --model with default-verifier.
     #[arg(long, value_name = "DIR")]
     verifier: Option<PathBuf>,
-    /// Threads; one for each core if not given.
+    /// Where watching is to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N. A GPU that
+    /// is named and cannot be used is a problem.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
+    /// Threads of the processor; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
     /// Print one JSON object.
@@ -44,8 +51,10 @@ struct Report {
     /// None in a build without cameras and files.
     #[cfg(feature = "media")]
     media: Option<Installed>,
-    /// None: this build computes on the processor, and looks for no other device.
-    gpu: Option<String>,
+    /// Architectures that this program has kernels for, such as sm_87.
+    cubins: Vec<String>,
+    /// GPUs that the driver names.
+    devices: Vec<Gpu>,
     model: Option<Folder>,
     verifier: Option<Folder>,
     /// How long it takes to open both.
@@ -55,6 +64,18 @@ struct Report {
     problems: Vec<String>,
     /// What does not.
     remarks: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    number: usize,
+    name: String,
+    compute_capability: String,
+    memory_mb: f64,
+    /// Whether every kernel was run on it and computed what the processor does.
+    usable: bool,
+    /// What it is in use, or why it cannot be used.
+    about: String,
 }
 
 #[derive(Serialize)]
@@ -139,6 +160,7 @@ fn examine(arguments: &Doctor) -> Report {
     let device = CpuDevice::new(arguments.threads);
     let kernels = kernels(&mut found);
     let memory = memory(&device);
+    let devices = gpus(arguments.device, &mut found);
     #[cfg(feature = "media")]
     let media = media(&mut found);
     #[cfg(not(feature = "media"))]
@@ -170,7 +192,8 @@ fn examine(arguments: &Doctor) -> Report {
         memory,
         #[cfg(feature = "media")]
         media,
-        gpu: None,
+        cubins: images::architectures().iter().map(|number| format!("sm_{number}")).collect(),
+        devices,
         model,
         verifier: checked,
         open_ms,
@@ -203,6 +226,50 @@ fn kernels(found: &mut Findings) -> Kernels {
         int8: report.bytes,
         int4: report.bytes,
     }
+}
+
+/// Every GPU, and whether it can be used. A GPU that was asked for and cannot be used is a problem, any other a remark.
+fn gpus(choice: Choice, found: &mut Findings) -> Vec<Gpu> {
+    if choice == Choice::Cpu {
+        return Vec::new();
+    }
+    let all = match CudaDevice::all() {
+        Ok(all) => all,
+        Err(error) => {
+            match (choice, &error) {
+                (Choice::Cuda(_), _) => found.problems.push(format!("--device {choice}: {error}")),
+                (_, CudaError::NoDriver | CudaError::NoDevice { .. }) => {}
+                _ => found.remarks.push(format!("{error}: the processor computes")),
+            }
+            return Vec::new();
+        }
+    };
+    if let Choice::Cuda(number) = choice
+        && number >= all.len()
+    {
+        found.problems.push(format!("--device {choice}: there are {} GPUs", all.len()));
+    }
+    all.into_iter()
+        .map(|gpu| {
+            let (usable, about) = match CudaDevice::open(gpu.ordinal) {
+                Ok(device) => (true, device.describe()),
+                Err(error) => (false, error.to_string()),
+            };
+            if !usable && choice == Choice::Cuda(gpu.ordinal) {
+                found.problems.push(format!("--device {choice}: {about}"));
+            } else if !usable {
+                found.remarks.push(format!("GPU {}: {about}", gpu.ordinal));
+            }
+            Gpu {
+                number: gpu.ordinal,
+                name: gpu.name,
+                compute_capability: format!("{}.{}", gpu.capability.0, gpu.capability.1),
+                memory_mb: gpu.memory as f64 / 1e6,
+                usable,
+                about,
+            }
+        })
+        .collect()
 }
 
 fn memory(device: &CpuDevice) -> Memory {
@@ -293,7 +360,19 @@ fn text(report: &Report) -> String {
         };
         line("media", format!("{}: {}; without: {}", media.version, with(true), with(false)));
     }
-    line("GPU", "none looked for: this build computes on the processor".to_string());
+    let built = match report.cubins.join(" ") {
+        none if none.is_empty() => "none: this program was built without CUDA's compilers (make cuda)".to_string(),
+        names => format!("{names}; others are compiled where NVRTC is installed"),
+    };
+    line("cubins", built);
+    if report.devices.is_empty() {
+        line("GPU", "none".to_string());
+    }
+    for gpu in &report.devices {
+        let state = if gpu.usable { "used" } else { "NOT used" };
+        let Gpu { number, name, memory_mb, about, .. } = gpu;
+        line("GPU", format!("{number}: {name}, {memory_mb:.0} MB, {state}: {about}"));
+    }
     for (kind, folder) in [("model", &report.model), ("verifier", &report.verifier)] {
         let Some(Folder { folder, name, version, as_listed, sha256 }) = folder else { continue };
         let state = match as_listed {
