@@ -1,0 +1,3 @@
+#![allow(missing_docs)]
+#[path = "ptx/mod.rs"]
+mod ptx;
