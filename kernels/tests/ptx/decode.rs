@@ -321,7 +321,8 @@ impl<'a> Decoder<'_, 'a> {
             },
             operand => return Err(format!("{operand:?} is no address")),
         };
-        Ok(Address { space, base, offset })
+        let narrow = self.width(base) == 32;
+        Ok(Address { space, base, offset, narrow })
     }
 
     fn address_register(&self, register: Reg) -> Result<Reg> {

@@ -251,6 +251,8 @@ pub(super) struct Address {
     pub(super) space: Space,
     pub(super) base: Reg,
     pub(super) offset: i64,
+    /// The base has 32 bits, and so has the sum.
+    pub(super) narrow: bool,
 }
 
 /// A load or a store of one to four values.

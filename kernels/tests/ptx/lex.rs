@@ -59,11 +59,15 @@ fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || "_$%.".contains(c)
 }
 
-/// A word may hold `::` (`L1::no_allocate`), but a single `:` ends it, as a label does.
+/// A word may hold `::` (`L1::no_allocate`), but a single `:` ends it, as a label does. A directive ends at a second
+/// point: `.reg.b32` is two words.
 fn word_len(rest: &str) -> usize {
+    let directive = rest.starts_with('.');
     let mut len = 0;
     while let Some(c) = rest[len..].chars().next() {
-        if is_word(c) {
+        if directive && len > 0 && c == '.' {
+            break;
+        } else if is_word(c) {
             len += 1;
         } else if rest[len..].starts_with("::") {
             len += 2;

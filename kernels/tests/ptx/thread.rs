@@ -382,6 +382,7 @@ impl Thread {
     #[inline(always)]
     fn effective(&self, address: &Address) -> Result<(Space, u64), Reg> {
         let value = self.get(address.base)?.wrapping_add(address.offset as u64);
+        let value = if address.narrow { value & mask(32) } else { value };
         Ok(if address.space == Space::Generic { resolve(value) } else { (address.space, value) })
     }
 
