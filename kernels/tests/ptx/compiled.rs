@@ -475,6 +475,8 @@ fn planted_errors_are_caught() {
         ("waits for one group less", "cp.async.wait_group %0;", "cp.async.wait_group 2;"),
         ("groups without an end", "cp.async.commit_group;", ""),
         ("no wait", "cp_async_wait<1>();", ""),
+        ("no barrier after the copy", "wait<1>();\n        __syncthreads();", "wait<1>();"),
+        ("no barrier before the next copy", "fb);\n        __syncthreads();", "fb);"),
         ("a wrong row for a lane", "[lane % 16][lane / 16 * 8]", "[lane / 2][lane % 2 * 8]"),
         ("a wrong row for B", "[lane % 8][lane / 8 % 2 * 8]", "[lane % 8][0]"),
     ];

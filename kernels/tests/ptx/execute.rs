@@ -37,7 +37,7 @@ impl<'m, 'a> Block<'m, 'a> {
         let [x, y, z] = place.threads;
         let thread = |number: u32| {
             let index = [number % x, number / x % y, number / x / y];
-            Thread::new(machine, kernel, index, |special| value(special, place, index, number))
+            Thread::new(machine, kernel, (index, number), |special| value(special, place, index, number))
         };
         let threads = (0..x * y * z).map(thread).collect();
         Self { machine, threads }
@@ -225,7 +225,13 @@ impl<'m, 'a> Block<'m, 'a> {
                 }
                 Ok(())
             }
-            _ => Ok(()),
+            Collective::WarpBarrier { .. } => {
+                if let Some(races) = &mut self.machine.races {
+                    races.warp_barrier(start / 32);
+                }
+                Ok(())
+            }
+            Collective::ActiveMask { .. } | Collective::Barrier { .. } => Ok(()),
         }
     }
 
@@ -309,9 +315,8 @@ impl<'m, 'a> Block<'m, 'a> {
         let Collective::LoadMatrix { count, transposed, d, address } = collective else { return Ok(()) };
         let mut rows = [[0; 16]; 32];
         for (row, number) in rows.iter_mut().zip(numbers).take(8 * usize::from(count)) {
-            let at = self.threads[*number].shared_address(&address);
-            let at = at.map_err(|stop| (*number, self.located(*number, stop)))?;
-            row.copy_from_slice(self.machine.shared.read(at, 16).map_err(|fault| (*number, fault))?);
+            let read = self.threads[*number].read_row(self.machine, &address);
+            *row = read.map_err(|stop| (*number, self.located(*number, stop)))?;
         }
         for (lane, number) in numbers.iter().enumerate() {
             for (matrix, d) in d.iter().enumerate().take(count.into()) {
@@ -364,6 +369,9 @@ impl<'m, 'a> Block<'m, 'a> {
             return Ok(false);
         }
         self.reduce_at_barrier(&numbers)?;
+        if let Some(races) = &mut self.machine.races {
+            races.block_barrier();
+        }
         self.release(&numbers);
         Ok(true)
     }

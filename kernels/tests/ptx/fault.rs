@@ -19,6 +19,8 @@ pub enum Fault {
     UnwrittenMemory { space: Space, address: u64, bytes: usize },
     /// Shared memory was used while a copy to it was under way.
     InFlight { address: u64, write: bool },
+    /// Shared memory is used by two threads, by one to write, without a barrier between them.
+    Race { address: u64, other: u16 },
     /// Threads wait at different barriers, or some wait for others that will not come.
     BarrierDivergence(String),
     /// An instruction of the whole warp was reached by a part of it.
@@ -54,6 +56,12 @@ impl fmt::Display for Fault {
             Self::InFlight { address, write } => {
                 let what = if *write { "write to" } else { "read of" };
                 write!(f, "{what} shared memory at {address:#x} while an asynchronous copy to it is under way")
+            }
+            Self::Race { address, other } => {
+                write!(
+                    f,
+                    "no barrier lies between this use of shared memory at {address:#x} and that by thread {other} of the block"
+                )
             }
             Self::BarrierDivergence(note) | Self::WarpDivergence(note) => f.write_str(note),
             Self::NotInMask { lane, mask } => {

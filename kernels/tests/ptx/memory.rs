@@ -198,6 +198,12 @@ impl Scratch {
         self.states.truncate(from);
     }
 
+    /// True if all of it lies in memory, whatever it belongs to.
+    #[inline]
+    pub(super) fn holds(&self, address: u64, len: usize) -> bool {
+        (address as usize).checked_add(len).is_some_and(|end| end <= self.bytes.len())
+    }
+
     /// Forgets what was written.
     pub(super) fn forget(&mut self) {
         for state in &mut self.states {

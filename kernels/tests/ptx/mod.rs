@@ -1,6 +1,7 @@
 //! An interpreter of PTX, for tests: it executes what NVIDIA's compiler made of a kernel, inline assembly included, on a
 //! machine without a GPU, and reports what a GPU would let pass: accesses outside buffers, values that were never
-//! written, shared memory that is read while a copy to it is under way, threads that do not meet.
+//! written, shared memory that is read while a copy to it is under way or that no barrier protects, threads that do not
+//! meet.
 //!
 //! ```text
 //! let module = ptx::Module::parse(&text)?;
@@ -12,7 +13,7 @@
 //!
 //! It follows the PTX ISA document alone, not what a kernel means to say. `lex` splits the text, `parse` reads
 //! declarations, `decode` makes typed instructions; `execute` runs blocks, `thread` what a thread does on its own,
-//! `arithmetic`, `round` and `matrix` hold the meaning of the instructions, `memory` checks accesses.
+//! `arithmetic`, `round` and `matrix` hold the meaning of the instructions, `memory` and `race` check accesses.
 #![allow(dead_code, unreachable_pub)] // Each test that takes this in uses a part of it.
 
 mod arithmetic;
@@ -24,6 +25,7 @@ mod lex;
 mod matrix;
 mod memory;
 mod parse;
+mod race;
 mod round;
 mod thread;
 
@@ -35,6 +37,7 @@ use execute::{Block, Place, Stopped};
 use instruction::{Function, SharedVariable};
 use memory::Scratch;
 use parse::Parsed;
+use race::Races;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thread::Machine;
 
@@ -82,6 +85,7 @@ pub struct Module {
     lines: Vec<String>,
     number: u64,
     limit: u64,
+    races: bool,
 }
 
 impl Module {
@@ -90,12 +94,18 @@ impl Module {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let lines = text.lines().map(|line| line.trim().to_owned()).collect();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { parsed: parse::parse(text)?, lines, number, limit: LIMIT })
+        Ok(Self { parsed: parse::parse(text)?, lines, number, limit: LIMIT, races: true })
     }
 
     /// Sets how many instructions a thread may execute.
     pub fn limit(mut self, limit: u64) -> Self {
         self.limit = limit;
+        self
+    }
+
+    /// Passes over accesses to shared memory that no barrier orders.
+    pub fn allow_races(mut self) -> Self {
+        self.races = false;
         self
     }
 
@@ -122,6 +132,7 @@ impl Module {
         let variables = self.parsed.globals.iter().map(|variable| (variable.bytes.as_slice(), variable.constant));
         let global_addresses = memory.module(self.number, variables);
         let (mut shared, shared_addresses) = self.shared(index, dynamic_shared);
+        let mut races = self.races.then(Races::default);
         let mut statistics = Statistics::default();
         for number in 0..blocks.iter().product() {
             let block = [number % blocks[0], number / blocks[0] % blocks[1], number / blocks[0] / blocks[1]];
@@ -129,6 +140,7 @@ impl Module {
                 functions: &self.parsed.functions,
                 memory,
                 shared,
+                races,
                 arguments: &arguments,
                 shared_addresses: &shared_addresses,
                 global_addresses: &global_addresses,
@@ -137,8 +149,9 @@ impl Module {
             let place = Place { blocks, block, threads, dynamic_shared: dynamic_shared as u32 };
             let run = Block::new(&mut machine, index, place).run();
             statistics.instructions += run.map_err(|stopped| self.located(kernel, block, stopped))?;
-            shared = machine.shared;
+            (shared, races) = (machine.shared, machine.races);
             shared.forget();
+            races.iter_mut().for_each(Races::block_barrier);
         }
         Ok(statistics)
     }

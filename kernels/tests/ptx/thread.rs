@@ -6,6 +6,7 @@ use super::instruction::{
     Access, Address, AsyncCopy, Atomic, AtomicOp, Call, Compare, Function, Mode, Op, Preset, Reg, Space, Type,
 };
 use super::memory::{Memory, Scratch, number, resolve, window};
+use super::race::{Kind, Races};
 use std::collections::VecDeque;
 
 /// What the threads of a block share.
@@ -13,6 +14,8 @@ pub(super) struct Machine<'a> {
     pub(super) functions: &'a [Function],
     pub(super) memory: &'a mut Memory,
     pub(super) shared: Scratch,
+    /// `None`: races are not looked for.
+    pub(super) races: Option<Races>,
     /// The kernel's arguments.
     pub(super) arguments: &'a [u8],
     /// Addresses of the module's variables.
@@ -20,6 +23,23 @@ pub(super) struct Machine<'a> {
     pub(super) global_addresses: &'a [u64],
     /// Instructions that a thread may execute.
     pub(super) limit: u64,
+}
+
+impl Machine<'_> {
+    #[inline]
+    fn note(&mut self, kind: Kind, thread: u16, address: u64, len: usize) -> Result<(), Fault> {
+        // What lies outside is found by the access itself.
+        match &mut self.races {
+            Some(races) if self.shared.holds(address, len) => races.access(kind, thread, address, len),
+            _ => Ok(()),
+        }
+    }
+
+    #[inline]
+    fn read_shared(&mut self, thread: u16, address: u64, len: usize) -> Result<&[u8], Fault> {
+        self.note(Kind::Read, thread, address, len)?;
+        self.shared.read(address, len)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +69,8 @@ pub(super) struct Thread {
     /// The next instruction of the function.
     pub(super) at: usize,
     pub(super) index: [u32; 3],
+    /// Its place in the block, as one number.
+    number: u16,
     pub(super) steps: u64,
     frame: Frame,
     callers: Vec<Frame>,
@@ -64,7 +86,7 @@ impl Thread {
     pub(super) fn new(
         machine: &Machine<'_>,
         kernel: usize,
-        index: [u32; 3],
+        (index, number): ([u32; 3], u32),
         special: impl Fn(super::instruction::Special) -> u64,
     ) -> Self {
         let frame = Frame { function: kernel, back: 0, registers: 0, local: 0 };
@@ -72,6 +94,7 @@ impl Thread {
             state: State::Ready,
             at: 0,
             index,
+            number: number as u16,
             steps: 0,
             frame,
             callers: Vec::new(),
@@ -317,7 +340,7 @@ impl Thread {
             Op::Atomic(ref atomic) => self.atomic(machine, atomic)?,
             Op::AsyncCopy(ref copy) => self.start_copy(machine, copy)?,
             Op::AsyncCommit => self.groups.push_back(std::mem::take(&mut self.open_copies)),
-            Op::AsyncWait { pending } => self.wait(machine, pending),
+            Op::AsyncWait { pending } => self.wait(machine, pending)?,
             Op::Trap => return Err(Fault::Trap.into()),
             _ => {}
         }
@@ -386,10 +409,14 @@ impl Thread {
         Ok(if address.space == Space::Generic { resolve(value) } else { (address.space, value) })
     }
 
-    /// The address in shared memory that a matrix instruction names.
-    pub(super) fn shared_address(&self, address: &Address) -> Result<u64, Stop> {
+    /// The 16 bytes in shared memory that a matrix instruction names.
+    pub(super) fn read_row(&self, machine: &mut Machine<'_>, address: &Address) -> Result<[u8; 16], Stop> {
         match self.effective(address)? {
-            (Space::Shared, address) => Ok(address),
+            (Space::Shared, address) => {
+                let mut row = [0; 16];
+                row.copy_from_slice(machine.read_shared(self.number, address, 16)?);
+                Ok(row)
+            }
             (space, address) => {
                 let note = "an address in shared memory is needed".to_owned();
                 Err(Fault::OutOfBounds { space, address, bytes: 16, note }.into())
@@ -398,11 +425,11 @@ impl Thread {
     }
 
     #[inline(always)]
-    fn load(&mut self, machine: &Machine<'_>, access: &Access) -> Result<(), Stop> {
+    fn load(&mut self, machine: &mut Machine<'_>, access: &Access) -> Result<(), Stop> {
         let (space, address) = self.effective(&access.address)?;
         let (size, count) = (access.ty.bytes(), usize::from(access.count));
         let bytes = match space {
-            Space::Shared => machine.shared.read(address, size * count)?,
+            Space::Shared => machine.read_shared(self.number, address, size * count)?,
             Space::Local => self.local.read(address, size * count)?,
             Space::Param => argument(machine.arguments, address, size * count)?,
             _ => machine.memory.read(address, size * count)?,
@@ -428,7 +455,10 @@ impl Thread {
             values[at] = self.get(access.registers[at])?;
         }
         let bytes = match space {
-            Space::Shared => machine.shared.write(address, size * count)?,
+            Space::Shared => {
+                machine.note(Kind::Write, self.number, address, size * count)?;
+                machine.shared.write(address, size * count)?
+            }
             Space::Local => self.local.write(address, size * count)?,
             Space::Param | Space::Const => return Err(Fault::ReadOnly { address }.into()),
             _ => machine.memory.write(address, size * count)?,
@@ -461,7 +491,10 @@ impl Thread {
             AtomicOp::Decrement => old - 1,
         };
         let bytes = match space {
-            Space::Shared => machine.shared.write(address, size)?,
+            Space::Shared => {
+                machine.note(Kind::Atomic, self.number, address, size)?;
+                machine.shared.write(address, size)?
+            }
             Space::Local | Space::Param | Space::Const => return Err(Fault::ReadOnly { address }.into()),
             _ => machine.memory.write(address, size)?,
         };
@@ -490,19 +523,22 @@ impl Thread {
             *byte = machine.memory.read(from + at as u64, 1)?[0];
         }
         machine.shared.start_copy(to, copy.bytes)?;
+        machine.note(Kind::Write, self.number, to, copy.bytes)?;
         self.open_copies.push((to, data));
         Ok(())
     }
 
-    fn wait(&mut self, machine: &mut Machine<'_>, pending: Option<usize>) {
+    fn wait(&mut self, machine: &mut Machine<'_>, pending: Option<usize>) -> Result<(), Fault> {
         if pending.is_none() {
             self.groups.push_back(std::mem::take(&mut self.open_copies));
         }
         while self.groups.len() > pending.unwrap_or(0) {
             for (to, data) in self.groups.pop_front().unwrap_or_default() {
                 machine.shared.end_copy(to, &data);
+                machine.note(Kind::Write, self.number, to, data.len())?;
             }
         }
+        Ok(())
     }
 }
 
