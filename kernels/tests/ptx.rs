@@ -1,6 +1,6 @@
 //! The PTX interpreter of `ptx/` against values computed by hand and against the definitions of the PTX ISA; and, with
 //! the feature `cuda-proof`, over what NVIDIA's compiler makes of CUDA C++.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "ptx/mod.rs"]
 mod ptx;
@@ -104,6 +104,21 @@ fn sums_and_products_of_integers() {
     check64("mul.hi.s64 d, a, b;", &[u64::MAX, 5], u64::MAX);
     check("add.s16 d, a, b;", "b16", &[("b16", 0xffff), ("b16", 3)], 2);
     check("mul.lo.s16 d, a, b;", "b16", &[("b16", 300), ("b16", 300)], 90_000 & 0xffff);
+}
+
+#[test]
+fn carries() {
+    let all = u64::from(u32::MAX);
+    let chain = |first: &str, second: &str| format!(".reg .b32 low; {first} low, a, b; {second} d, c, e;");
+    let operands = [("b32", all), ("b32", 1), ("b32", 5), ("b32", 6)];
+    check(&chain("add.cc.u32", "addc.u32"), "b32", &operands, 12);
+    check(&chain("add.u32", "add.u32"), "b32", &operands, 11);
+    let operands = [("b32", 0), ("b32", 1), ("b32", 5), ("b32", 6)];
+    check(&chain("sub.cc.u32", "subc.u32"), "b32", &operands, -2i32 as u32 as u64);
+    let operands = [("b32", all), ("b32", all), ("b32", all)];
+    check(".reg .b32 low; mad.lo.cc.u32 low, a, b, c; madc.hi.u32 d, a, b, 0;", "b32", &operands, all - 1 + 1);
+    let alone = evaluate("addc.u32 d, a, b;", "b32", &operands[..2]).unwrap_err();
+    assert_eq!(alone.fault(), Some(&Fault::UnwrittenRegister("CC.CF".to_owned())));
 }
 
 #[test]
@@ -459,7 +474,7 @@ fn run_with(body: &str, threads: u32, dynamic: usize, input: &[u32], words: usiz
     let text = format!(
         "{HEAD}.extern .shared .align 16 .b8 dynamic[];\n.const .align 4 .u32 table[4] = {{10, 20, 30, 40}};\n\
          .global .align 4 .u32 counter = 5;\n\
-         .func (.param .b32 twice) triple(.param .b32 x)\n{{\n.reg .b32 %a<3>;\nld.param.u32 %a1, [x];\n\
+         .func declared();\n.func (.param .b32 twice) triple(.param .b32 x)\n{{\n.reg .b32 %a<3>;\nld.param.u32 %a1, [x];\n\
          mul.lo.s32 %a2, %a1, 3;\nst.param.b32 [twice+0], %a2;\nret;\n}}\n\
          .visible .entry k(.param .u64 out, .param .u64 in)\n.maxntid 256, 1, 1\n{{\n.reg .pred %p<9>;\n\
          .reg .b16 %h<9>;\n.reg .b32 %r<40>;\n.reg .f32 %f<9>;\n.reg .b64 %rd<9>;\n.shared .align 16 .b8 tile[512];\n\
@@ -728,7 +743,7 @@ fn matrices_are_loaded_as_the_isa_says() {
         for (at, name) in names.iter().enumerate() {
             body += &format!("st.global.u32 [%rd8+{}], {name};\n", 4 * at);
         }
-        let input: Vec<u32> = (0..128).map(|at| 2 * at | (2 * at + 1) << 16).collect();
+        let input: Vec<u32> = (0..128).map(|at| (2 * at) | ((2 * at + 1) << 16)).collect();
         run(&(body + "ret;"), 32, &input, 128).unwrap()
     };
     for count in [1, 2, 4] {
@@ -941,6 +956,7 @@ fn what_is_not_understood_is_an_error_that_names_it() {
         ("add.rz.f64 %rd1, %rd2, %rd3;", "nearest"),
         ("bra $nowhere;", "$nowhere"),
         ("call.uni unknown;", "unknown"),
+        ("call.uni declared;", "`declared`"),
         ("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1}, {%r1}, {%r1}, {%r1};", "f16"),
         ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3, %r4}, [%r1];", "2 registers"),
         ("cp.async.cg.shared.global [%r1], [%rd1], 8;", "8 bytes"),

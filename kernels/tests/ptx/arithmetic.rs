@@ -35,7 +35,7 @@ fn finish(ty: Type, mode: Mode, bits: u64) -> u64 {
     match x {
         _ if mode.saturate && x.is_nan() => 0,
         _ if mode.saturate => narrow(ty, x.clamp(0.0, 1.0) + 0.0, Rounding::Nearest),
-        _ if x < 0.0 || x == 0.0 => 0,
+        _ if x <= 0.0 => 0,
         _ => bits,
     }
 }

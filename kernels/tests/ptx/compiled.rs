@@ -143,7 +143,7 @@ fn functions_of_cuda() {
         ("__sinf", |a, _| a.sin(), 1e-6),
         ("fmodf", |a, _| a % f64::from(1.7f32), 6e-8),
         ("silu", |a, _| a / (1.0 + (-a).exp()), 5e-6),
-        ("gelu", |a, _| 0.5 * a * (1.0 + erf(a * f64::from(0.707_106_78f32))), 5e-6),
+        ("gelu", |a, _| 0.5 * a * (1.0 + erf(a * std::f64::consts::FRAC_1_SQRT_2)), 5e-6),
     ];
     let (x, y) = (numbers(1, 500, 10.0), numbers(2, 500, 10.0));
     for architecture in ARCHITECTURES {
@@ -221,8 +221,8 @@ fn integers_of_cuda() {
             let bytes = [a.to_le_bytes(), b.to_le_bytes()].concat();
             i32::from_le_bytes([bytes[5], bytes[1], bytes[7], bytes[3]])
         }),
-        ("mulhi", |a, b| (i64::from(a) * i64::from(b) >> 32) as i32),
-        ("product", |a, b| (i64::from(a) * i64::from(b) >> 20) as i32),
+        ("mulhi", |a, b| ((i64::from(a) * i64::from(b)) >> 32) as i32),
+        ("product", |a, b| ((i64::from(a) * i64::from(b)) >> 20) as i32),
         ("remainder", |a, b| (u64::from(a as u32) * u64::from(b as u32) % 1_000_003) as i32),
         ("quotient", |a, b| ((i64::from(a) << 20) / i64::from(b)) as i32),
         ("bytes", |a, b| i32::from(a as i8) + i32::from(b as u8)),
@@ -350,7 +350,7 @@ fn structures_calls_tables_and_atomics_of_cuda() {
             let arguments = [Arg::Bytes(settings.clone()), Arg::U64(out), Arg::U64(counts), Arg::I32(which)];
             launch(&module, &mut memory, "mixture", [1, 1], [64, 1], &arguments);
             for (i, value) in memory.f32s(out).into_iter().enumerate() {
-                let x = values[i * which as usize & 15] * scale * 0.01;
+                let x = values[(i * which as usize) & 15] * scale * 0.01;
                 let sum = (0..terms).fold(0f32, |sum, at| sum.mul_add(x, table[at as usize & 7]));
                 let y = sum + offsets[i % 5] + f32::from(small) + f32::from(middle);
                 let expected = [y + 1.0, y * 2.0, y - 3.0, y * y, -y, y + i as f32, 0.0][which as usize];

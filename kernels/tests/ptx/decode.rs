@@ -2,9 +2,9 @@
 //! error that names it: nothing is passed over.
 
 use super::instruction::{
-    Access, Address, AsyncCopy, Atomic, AtomicOp, BarrierKind, Binary, Call, Collective, Compare, Comparison, Convert,
-    Mma, Mode, Op, Preset, Product, Reg, RoundToInteger, Rounding, ShuffleMode, Space, Ternary, Test, Type, Unary,
-    Vote,
+    Access, Address, AsyncCopy, Atomic, AtomicOp, BarrierKind, Binary, Call, Carry, Collective, Compare, Comparison,
+    Convert, Mma, Mode, Op, Preset, Product, Reg, RoundToInteger, Rounding, ShuffleMode, Space, Ternary, Test, Type,
+    Unary, Vote,
 };
 use super::parse::{Body, Entity, Operand, Parsed, literal, space, special};
 
@@ -42,6 +42,8 @@ impl<'a> Decoder<'_, 'a> {
     fn op(&mut self) -> Result<Op> {
         match self.base {
             "mov" => self.mov(),
+            "add" | "sub" | "mad" if self.modifiers.contains(&"cc") => self.carry(),
+            "addc" | "subc" | "madc" => self.carry(),
             "add" => self.sum(Binary::Add),
             "sub" => self.sum(Binary::Sub),
             "mul" => self.mul(),
@@ -431,6 +433,25 @@ impl<'a> Decoder<'_, 'a> {
         self.binary_of(op, ty, mode, [ty; 3])
     }
 
+    fn carry(&mut self) -> Result<Op> {
+        let leaves = self.take("cc");
+        let (takes, low) = (self.base.ends_with('c'), self.take("lo"));
+        let op = match &self.base[..3] {
+            "add" => Binary::Add,
+            "sub" => Binary::Sub,
+            _ if low => Binary::Mul,
+            _ => Binary::MulHigh,
+        };
+        let product = matches!(op, Binary::Mul | Binary::MulHigh);
+        if product && !low {
+            self.require(&["hi"])?;
+        }
+        let ty = self.one_type(&[Type::U32, Type::S32, Type::U64, Type::S64])?;
+        let (d, a, b) = (self.destination(ty)?, self.source(ty)?, self.source(ty)?);
+        let c = if product { self.source(ty)? } else { b };
+        Ok(Op::Carry(Box::new(Carry { op, ty, takes, leaves, d, a, b, c })))
+    }
+
     fn extreme(&mut self, op: Binary) -> Result<Op> {
         let (mode, ty) = (self.mode(), self.take_type()?);
         self.binary_of(op, ty, mode, [ty; 3])
@@ -739,7 +760,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 
     fn access(&mut self, load: bool) -> Result<Box<Access>> {
-        let hinted = self.modifiers.iter().any(|modifier| *modifier == "L2::cache_hint");
+        let hinted = self.modifiers.contains(&"L2::cache_hint");
         self.cache_hints();
         self.memory_order();
         let (space, count, ty) = (self.space(), self.vector_len(), self.take_type()?);

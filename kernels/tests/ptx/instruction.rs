@@ -404,8 +404,23 @@ pub(super) enum Collective {
     },
 }
 
+/// An integer sum, difference or fused product that takes or leaves a carry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Carry {
+    /// The product to which `c` is added, or the sum or difference of `a` and `c`.
+    pub(super) op: Binary,
+    pub(super) ty: Type,
+    pub(super) takes: bool,
+    pub(super) leaves: bool,
+    pub(super) d: Reg,
+    pub(super) a: Reg,
+    pub(super) b: Reg,
+    pub(super) c: Reg,
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum Op {
+    Carry(Box<Carry>),
     Move {
         d: Reg,
         a: Reg,
@@ -613,6 +628,8 @@ pub(super) struct Parameter {
 pub(super) struct Function {
     pub(super) name: String,
     pub(super) entry: bool,
+    /// It has a body, and not only a declaration.
+    pub(super) defined: bool,
     pub(super) code: Vec<Instruction>,
     pub(super) registers: Vec<Register>,
     /// Of a kernel: offsets into the arguments. Of another function: offsets into its frame.

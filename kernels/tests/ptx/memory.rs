@@ -125,7 +125,7 @@ impl Memory {
         if offset < 0 || offset as usize + len > size {
             return Err(outside(format!("byte {offset} of a buffer of {size} bytes")));
         }
-        if address % len as u64 != 0 {
+        if !address.is_multiple_of(len as u64) {
             return Err(Fault::Misaligned { space: Space::Global, address, bytes: len });
         }
         Ok((buffer, offset as usize..offset as usize + len))
@@ -223,7 +223,7 @@ impl Scratch {
                 return Err(Fault::OutOfBounds { space: self.space, address, bytes: len, note });
             }
         }
-        if address % len as u64 != 0 {
+        if !address.is_multiple_of(len as u64) {
             return Err(Fault::Misaligned { space: self.space, address, bytes: len });
         }
         Ok(range)
@@ -233,7 +233,7 @@ impl Scratch {
     pub(super) fn read(&self, address: u64, len: usize) -> Result<&[u8], Fault> {
         // Nearly always all of it has been written.
         let range = address as usize..(address as usize).saturating_add(len);
-        if address % len as u64 == 0
+        if address.is_multiple_of(len as u64)
             && let Some(states) = self.states.get(range)
             && states.iter().all(|state| *state == State::Written)
         {

@@ -14,7 +14,7 @@
 //! It follows the PTX ISA document alone, not what a kernel means to say. `lex` splits the text, `parse` reads
 //! declarations, `decode` makes typed instructions; `execute` runs blocks, `thread` what a thread does on its own,
 //! `arithmetic`, `round` and `matrix` hold the meaning of the instructions, `memory` and `race` check accesses.
-#![allow(dead_code, unreachable_pub)] // Each test that takes this in uses a part of it.
+#![allow(dead_code, unreachable_pub, unused_imports)] // Each test that takes this in uses a part of it.
 
 mod arithmetic;
 mod decode;
@@ -124,7 +124,7 @@ impl Module {
         dynamic_shared: usize,
         arguments: &[Arg],
     ) -> Result<Statistics, Error> {
-        let named = |function: &Function| function.entry && function.name == kernel;
+        let named = |function: &Function| function.entry && function.defined && function.name == kernel;
         let index = self.parsed.functions.iter().position(named).ok_or_else(|| Error::NoKernel(kernel.to_owned()))?;
         let function = &self.parsed.functions[index];
         check_size(function, blocks, threads)?;

@@ -153,6 +153,7 @@ pub(super) fn parse(text: &str) -> Result<Parsed> {
     while parser.at < parser.tokens.len() {
         parser.declaration()?;
     }
+    parser.check_calls()?;
     Ok(parser.parsed)
 }
 
@@ -336,7 +337,6 @@ impl<'a> Parser<'a> {
 
     fn function(&mut self) -> Result<()> {
         let entry = self.next() == ".entry";
-        let index = self.parsed.functions.len();
         let mut body = Body {
             function: Function { entry, ..Function::default() },
             scopes: vec![Scope::default()],
@@ -354,11 +354,11 @@ impl<'a> Parser<'a> {
             body.function.parameters = self.parameters(&mut body, entry)?;
         }
         self.attributes(&mut body.function)?;
+        let index = self.declare_function(name, &body.function);
         if self.accept(";") {
-            return self.declared(name);
+            return Ok(());
         }
-        self.names.insert(name, Entity::Function(index));
-        self.parsed.functions.push(body.function.clone());
+        body.function.defined = true;
         body.scopes.insert(0, Scope { names: self.names.clone(), ..Scope::default() });
         self.expect("{")?;
         self.block(&mut body, index)?;
@@ -367,10 +367,31 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// A function without a body: only that of a failed assertion can be called.
-    fn declared(&mut self, name: &'a str) -> Result<()> {
-        if name == "__assertfail" {
-            self.names.insert(name, Entity::Trap);
+    /// The number of a function, which may be declared before it is defined.
+    fn declare_function(&mut self, name: &'a str, function: &Function) -> usize {
+        if let Some(Entity::Function(index)) = self.names.get(name) {
+            return *index;
+        }
+        let assertion = name == "__assertfail";
+        let index = self.parsed.functions.len();
+        self.names.insert(name, if assertion { Entity::Trap } else { Entity::Function(index) });
+        self.parsed.functions.push(function.clone());
+        index
+    }
+
+    /// Every function that is called must have been defined by the end of the text.
+    fn check_calls(&self) -> Result<()> {
+        for instruction in self.parsed.functions.iter().flat_map(|function| &function.code) {
+            if let Op::Call(call) = &instruction.op {
+                let function = &self.parsed.functions[call.function];
+                if !function.defined {
+                    return Err(Error::parse(
+                        instruction.line,
+                        &function.name,
+                        "the function that is called has no body",
+                    ));
+                }
+            }
         }
         Ok(())
     }

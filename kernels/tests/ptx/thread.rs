@@ -3,7 +3,8 @@
 use super::arithmetic::{binary, compare, convert, convert_pair, divide, insert, mask, signed, ternary, test, unary};
 use super::fault::Fault;
 use super::instruction::{
-    Access, Address, AsyncCopy, Atomic, AtomicOp, Call, Compare, Function, Mode, Op, Preset, Reg, Space, Type,
+    Access, Address, AsyncCopy, Atomic, AtomicOp, Binary, Call, Carry, Compare, Function, Mode, Op, Preset, Reg, Space,
+    Type,
 };
 use super::memory::{Memory, Scratch, number, resolve, window};
 use super::race::{Kind, Races};
@@ -77,6 +78,8 @@ pub(super) struct Thread {
     values: Vec<u64>,
     written: Vec<bool>,
     local: Scratch,
+    /// The carry flag, once something has set it.
+    carry: Option<bool>,
     open_copies: Vec<Copy>,
     groups: VecDeque<Vec<Copy>>,
 }
@@ -101,6 +104,7 @@ impl Thread {
             values: Vec::new(),
             written: Vec::new(),
             local: Scratch::new(Space::Local),
+            carry: None,
             open_copies: Vec::new(),
             groups: VecDeque::new(),
         };
@@ -297,6 +301,7 @@ impl Thread {
 
     fn rare(&mut self, machine: &mut Machine<'_>, op: &Op) -> Result<(), Stop> {
         match *op {
+            Op::Carry(ref carry) => self.carry(carry)?,
             Op::Pack { d, width, ref parts } => self.pack(d, width, parts),
             Op::Unpack { a, width, ref parts } => self.unpack(a, width, parts),
             Op::InsertBits { ty, d, a, b, start, len } => {
@@ -344,6 +349,28 @@ impl Thread {
             Op::Trap => return Err(Fault::Trap.into()),
             _ => {}
         }
+        Ok(())
+    }
+
+    fn carry(&mut self, carry: &Carry) -> Result<(), Stop> {
+        let Carry { op, ty, takes, leaves, d, a, b, c } = *carry;
+        let bits = ty.bits();
+        let taken = match (takes, self.carry) {
+            (false, _) => 0,
+            (true, Some(carry)) => i128::from(carry),
+            (true, None) => return Err(Fault::UnwrittenRegister("CC.CF".to_owned()).into()),
+        };
+        let (a, b, c) = (self.get(a)?, self.get(b)?, self.get(c)?);
+        let exact = match op {
+            Binary::Add => i128::from(a) + i128::from(b) + taken,
+            Binary::Sub => i128::from(a) - i128::from(b) - taken,
+            _ => i128::from(binary(op, ty, Mode::default(), a, b)) + i128::from(c) + taken,
+        };
+        // A difference below zero borrows.
+        if leaves {
+            self.carry = Some(exact >> bits != 0);
+        }
+        self.set(d, exact as u64 & mask(bits));
         Ok(())
     }
 
@@ -438,10 +465,9 @@ impl Thread {
         for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(size)) {
             *value = number(bytes);
         }
-        for at in 0..count {
-            let value = values[at];
+        for (register, value) in access.registers.into_iter().zip(values).take(count) {
             let value = if access.ty.signed() { signed(value, access.ty.bits()) as u64 } else { value };
-            self.set(access.registers[at], value & mask(access.width));
+            self.set(register, value & mask(access.width));
         }
         Ok(())
     }
@@ -451,8 +477,8 @@ impl Thread {
         let (space, address) = self.effective(&access.address)?;
         let (size, count) = (access.ty.bytes(), usize::from(access.count));
         let mut values = [0; 4];
-        for at in 0..count {
-            values[at] = self.get(access.registers[at])?;
+        for (value, register) in values.iter_mut().zip(access.registers).take(count) {
+            *value = self.get(register)?;
         }
         let bytes = match space {
             Space::Shared => {
