@@ -564,6 +564,8 @@ fn atomics() {
     assert_eq!(one("max.s32 %r3, [%rd1], %r1"), [3, 0, 0, 1, 2]);
     let float = "red.global.add.f32 [%rd1], 0f3F000000;\nret;";
     assert_eq!(run(float, 4, &[], 1).unwrap(), [2f32.to_bits()]);
+    let subnormal = "red.global.add.f32 [%rd1], 0f00000001;\nret;";
+    assert_eq!(run(subnormal, 4, &[], 1).unwrap(), [0]);
     let pair = "mov.u32 %r3, 0x40003C00;\natom.global.add.noftz.f16x2 %r4, [%rd1], %r3;\nret;";
     assert_eq!(run(pair, 2, &[], 1).unwrap(), [0x4400_4000]);
     let shared = "mov.u32 %r3, tile;\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 st.shared.u32 [%r3], 1;\nbar.sync 0;\n\

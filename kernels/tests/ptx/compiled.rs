@@ -1,5 +1,5 @@
-//! What NVIDIA's compiler makes of CUDA C++ and of the inline assembly in cuda/ptx.cuh, executed and compared with Rust.
-//! Errors planted in that assembly, of the kind that compile, must be caught.
+//! What NVIDIA's compiler makes of CUDA C++ and of the inline assembly in cuda/ptx.cuh, executed and held against
+//! Rust. Errors planted in that assembly, of the kind that compile, must be caught.
 
 use crate::nvrtc::Nvrtc;
 use crate::ptx::{Arg, Error, Fault, Memory, Module};

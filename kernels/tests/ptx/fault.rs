@@ -60,7 +60,7 @@ impl fmt::Display for Fault {
             Self::Race { address, other } => {
                 write!(
                     f,
-                    "no barrier lies between this use of shared memory at {address:#x} and that by thread {other} of the block"
+                    "no barrier lies between this use of shared memory at {address:#x} and that by thread {other}"
                 )
             }
             Self::BarrierDivergence(note) | Self::WarpDivergence(note) => f.write_str(note),

@@ -1,5 +1,5 @@
-//! An interpreter of PTX, for tests: it executes what NVIDIA's compiler made of a kernel, inline assembly included, on a
-//! machine without a GPU, and reports what a GPU would let pass: accesses outside buffers, values that were never
+//! An interpreter of PTX, for tests: it executes what NVIDIA's compiler made of a kernel, inline assembly included, on
+//! a machine without a GPU, and reports what a GPU would let pass: accesses outside buffers, values that were never
 //! written, shared memory that is read while a copy to it is under way or that no barrier protects, threads that do not
 //! meet.
 //!

@@ -505,8 +505,9 @@ impl Thread {
         };
         let new = match atomic.op {
             AtomicOp::Arithmetic(op) => {
-                // In global memory, f32 sums flush no subnormals; in shared memory they do not either since sm_70.
-                binary(op, atomic.ty, Mode::default(), old, b)
+                // In global memory, f32 sums have no subnormals; in shared memory they have.
+                let ftz = atomic.ty == Type::F32 && space != Space::Shared;
+                binary(op, atomic.ty, Mode { ftz, ..Mode::default() }, old, b)
             }
             AtomicOp::Exchange => b,
             AtomicOp::CompareSwap if old == b => c,
