@@ -6,7 +6,7 @@ PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
-.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser cuda cuda-proof cuda-table
+.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser cuda cuda-proof cuda-table gpu-check
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -24,6 +24,9 @@ cuda: setup ## build the command line with the kernels for every GPU (fetches CU
 
 cuda-proof: setup ## run every test of the CUDA kernels that needs no GPU
 	@scripts/cuda-proof.sh
+
+gpu-check: setup ## prove the CUDA kernels on the GPU of this machine, and measure it (writes gpu-check.json)
+	@scripts/gpu-check.sh
 
 cuda-table: ## write docs/cuda-kernels.md, what each kernel takes on each GPU
 	@scripts/setup-cuda.sh thor

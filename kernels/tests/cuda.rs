@@ -124,6 +124,10 @@ fn a_good_gpu_passes_its_own_test() {
 /// Kernels that are compiled wrongly: a norm without its root.
 #[test]
 fn a_wrong_gpu_fails_its_own_test() {
+    if std::env::var_os("CANDOR_TEST_GPU").is_some() {
+        println!("the GPU at hand cannot be made a wrong one");
+        return;
+    }
     let child = std::process::Command::new(std::env::current_exe().expect("this program"))
         .args(["--exact", "a_good_gpu_passes_its_own_test"])
         .env("CUDA_STANDIN_FLAGS", "-Dsqrtf=fabsf")

@@ -1,14 +1,12 @@
-//! The PTX interpreter of `ptx/` against values computed by hand and against the definitions of the PTX ISA; and, with
-//! the feature `cuda-proof`, over what NVIDIA's compiler makes of CUDA C++.
+//! The PTX interpreter of `ptx/` against values computed by hand and against the definitions of the PTX ISA; and over
+//! what NVIDIA's compiler makes of CUDA C++, where it is there.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "ptx/mod.rs"]
 mod ptx;
 
-#[cfg(feature = "cuda-proof")]
 #[path = "ptx/compiled.rs"]
 mod compiled;
-#[cfg(feature = "cuda-proof")]
 #[path = "../build/nvrtc.rs"]
 mod nvrtc;
 

@@ -119,6 +119,7 @@ fn numbers(seed: u64, n: usize, size: f32) -> Vec<f32> {
 }
 
 /// CUDA's functions in f32 against those of f64: a few units in the last place, or what the fast ones promise.
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn functions_of_cuda() {
     type Function = fn(f64, f64) -> f64;
@@ -160,6 +161,7 @@ fn functions_of_cuda() {
     }
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn exact_arithmetic_of_cuda() {
     type Function = fn(f32, f32) -> f32;
@@ -197,6 +199,7 @@ fn exact_arithmetic_of_cuda() {
     }
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn integers_of_cuda() {
     type Function = fn(i32, i32) -> i32;
@@ -250,6 +253,7 @@ fn integers_of_cuda() {
     }
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn halves_of_cuda() {
     // Products and sums of halves are exact in f64, and so is the fused product for numbers of this size.
@@ -292,6 +296,7 @@ fn to_f16(x: f64) -> u16 {
     all.into_iter().min_by(|a, b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)))).unwrap_or(near)
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn blocks_of_cuda() {
     for architecture in ARCHITECTURES {
@@ -328,6 +333,7 @@ fn blocks_of_cuda() {
     }
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn structures_calls_tables_and_atomics_of_cuda() {
     let table = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.5];
@@ -367,6 +373,7 @@ fn structures_calls_tables_and_atomics_of_cuda() {
     }
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn warps_of_cuda() {
     let x: Vec<i32> = (0..64).map(|at| at * 37 % 101).collect();
@@ -446,6 +453,7 @@ fn check_matrices(module: &Module) -> Result<(), String> {
     differs("product_s8", &values, &sum)
 }
 
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn matrices_of_cuda() {
     check_matrices(&module(MATRICES, 87)).unwrap();
@@ -453,6 +461,7 @@ fn matrices_of_cuda() {
 }
 
 /// Errors that compile. Each changes the header or the kernels at one place.
+#[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]
 #[test]
 fn planted_errors_are_caught() {
     let errors = [
