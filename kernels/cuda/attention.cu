@@ -3,25 +3,11 @@
 // A block for each query of each head. Keys come in tiles: a thread takes the score of a key, then, with the tile's weights
 // known, the sums of a dimension of the values. The largest score so far goes out of all sums (online softmax, Milakov and
 // Gimelshein 2018).
-#include "common.cuh"
+#include "attention.cuh"
 
 constexpr int THREADS = 128;
 // The widest head; src/cuda/attention.rs has the same number.
 constexpr int WIDEST = 512;
-
-struct Shape {
-    int queries, keys, heads, key_heads, head_dim, causal;
-    float scale;
-};
-
-// Where the elements of keys and values lie: element = batch · batches + head · heads + key · keys + dimension.
-struct Strides {
-    long long batches, heads, keys;
-};
-
-__device__ __forceinline__ float wide(float x) { return x; }
-__device__ __forceinline__ float wide(__half x) { return __half2float(x); }
-__device__ __forceinline__ float wide(signed char x) { return (float)x; }
 
 // q and out [batch, queries, heads, head_dim]; the scales, where there are any, [key heads, strides.heads / head_dim].
 template <typename T>

@@ -3,7 +3,7 @@
 //
 // A block takes CHUNK keys of one key head. What it finds goes to `partial`; the block that comes last puts the parts together
 // by their largest scores and sums (log-sum-exp; Dao and others 2023, "Flash-Decoding"). Queries become bytes where keys are.
-#include "common.cuh"
+#include "attention.cuh"
 
 constexpr int THREADS = 128;
 constexpr int CHUNK = THREADS; // a thread takes a key
@@ -31,8 +31,6 @@ __device__ __forceinline__ float4 four(const __half* from) {
                        __half2float(__ushort_as_half((unsigned short)words.y)),
                        __half2float(__ushort_as_half((unsigned short)(words.y >> 16))));
 }
-__device__ __forceinline__ float one(signed char x) { return (float)x; }
-__device__ __forceinline__ float one(__half x) { return __half2float(x); }
 
 // The queries of the group in shared memory, and their products with a key.
 template <typename T>
@@ -154,7 +152,7 @@ __device__ __forceinline__ void decode(const float* q, const T* k, const T* v, c
     for (int head = 0; head < group; head++) {
         float sum = 0.0f;
         if (share < shares)
-            for (int i = share; i < count; i += shares) sum += weights[head][i] * one(v[(long long)i * width + dimension]);
+            for (int i = share; i < count; i += shares) sum += weights[head][i] * wide(v[(long long)i * width + dimension]);
         halves[threadIdx.x] = sum;
         __syncthreads();
         if (share == 0) {

@@ -30,6 +30,11 @@ fn caches_are_near_the_definition_however_they_are_filled() {
 }
 
 #[test]
+fn rounded_attention_is_near_the_definition() {
+    suite::attention::rounded_attention_is_near_the_definition(&stand_in::device());
+}
+
+#[test]
 fn caches_refuse_what_they_cannot_hold() {
     suite::attention::caches_refuse_what_they_cannot_hold(&stand_in::device());
 }

@@ -1,4 +1,4 @@
-//! Attention: as it is defined, and of one query to a cache.
+//! Attention: as it is defined, of one query to a cache, and of many by tensor cores.
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use std::sync::PoisonError;
@@ -11,10 +11,13 @@ use crate::device::{AttentionShape, CacheType, Result};
 
 /// The widest head; cuda/attention.cu has the same number.
 pub(super) const WIDEST_HEAD: usize = 512;
-/// Keys of a block, the most heads that share a key head, and the widest; cuda/decode.cu has the same numbers.
+/// Keys of a block, the most heads that share a key head, and the widest; cuda/decode.cu has the same numbers, and
+/// cuda/flash.cu the last.
 const CHUNK: usize = 128;
 const GROUP: usize = 16;
 const WIDEST: usize = 128;
+/// The widest head of the narrower kernels of cuda/flash.cu.
+const NARROW: usize = 64;
 
 /// What the blocks of one decoding step leave for the last of them.
 #[derive(Debug, Default)]
@@ -25,9 +28,9 @@ pub(super) struct Parts {
 }
 
 arguments! {
-    /// `Shape` of cuda/attention.cu.
+    /// `Shape` of cuda/attention.cuh.
     Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }
-    /// `Strides` of cuda/attention.cu.
+    /// `Strides` of cuda/attention.cuh.
     Strides { batches: i64, heads: i64, keys: i64 }
     /// `Decode` of cuda/decode.cu.
     Decode { keys: i32, group: i32, head_dim: i32, head_stride: i64, scale: f32 }
@@ -57,6 +60,15 @@ fn grid(shape: &AttentionShape) -> Grid {
     Grid { blocks, threads: 128, shared: shape.head_dim * size_of::<f32>() }
 }
 
+/// The grid of cuda/flash.cu for this shape, where its kernels do this.
+fn flash_grid(device: &CudaDevice, shape: &AttentionShape) -> Option<Grid> {
+    const QUERIES: usize = 64;
+    let tensor_cores = device.inner.gpu.capability.0 >= 8;
+    let fits = !device.exact && tensor_cores && shape.queries > 1 && shape.head_dim <= WIDEST;
+    let blocks = [shape.queries.div_ceil(QUERIES), shape.heads, shape.batch];
+    fits.then(|| Grid::blocks(blocks, 128))
+}
+
 /// Attention over buffers whose sizes were checked.
 pub(super) fn attention(
     device: &CudaDevice,
@@ -68,9 +80,14 @@ pub(super) fn attention(
     let width = shape.key_heads * shape.head_dim;
     let (heads, keys) = (shape.head_dim as i64, width as i64);
     let strides = Strides { batches: (shape.keys * width) as i64, heads, keys };
-    let (grid, shape) = (grid(&shape), Shape::new(device, OP, &shape)?);
+    let flash = flash_grid(device, &shape).filter(|_| shape.rounded);
+    let (grid, narrow, shape) = (grid(&shape), shape.head_dim <= NARROW, Shape::new(device, OP, &shape)?);
     let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
-    run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out)
+    match flash {
+        Some(grid) if narrow => run!(device, OP, flash_f32_64, grid, q, k, v, shape, strides, out),
+        Some(grid) => run!(device, OP, flash_f32_128, grid, q, k, v, shape, strides, out),
+        None => run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out),
+    }
 }
 
 /// Attention to a cache that holds what the shape says.
@@ -88,13 +105,27 @@ pub(super) fn cache_attention(
         return decode(device, q, cache, shape, out);
     }
     let strides = Strides { batches: 0, heads: (cache.capacity * head_dim) as i64, keys: head_dim as i64 };
-    let (grid, shape) = (grid(&shape), Shape::new(device, OP, &shape)?);
+    let flash = flash_grid(device, &shape).filter(|_| cache.kind != CacheType::F32);
+    let (narrow, plain, shape) = (head_dim <= NARROW, grid(&shape), Shape::new(device, OP, &shape)?);
     let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());
+    let [k_scales, v_scales] = cache.scales();
+    if let Some(grid) = flash {
+        return match (cache.kind, narrow) {
+            (CacheType::I8, true) => {
+                run!(device, OP, flash_i8_64, grid, q, k, v, k_scales, v_scales, shape, strides, out)
+            }
+            (CacheType::I8, false) => {
+                run!(device, OP, flash_i8_128, grid, q, k, v, k_scales, v_scales, shape, strides, out)
+            }
+            (_, true) => run!(device, OP, flash_f16_64, grid, q, k, v, shape, strides, out),
+            (_, false) => run!(device, OP, flash_f16_128, grid, q, k, v, shape, strides, out),
+        };
+    }
+    let grid = plain;
     match cache.kind {
         CacheType::F32 => run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out),
         CacheType::F16 => run!(device, OP, attention_f16, grid, q, k, v, shape, strides, out),
         CacheType::I8 => {
-            let [k_scales, v_scales] = cache.scales();
             run!(device, OP, attention_i8, grid, q, k, v, k_scales, v_scales, shape, strides, out)
         }
     }

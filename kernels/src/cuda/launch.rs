@@ -37,6 +37,7 @@ kernels! {
     convolution: unfold depthwise3x3 bilinear;
     decode: decode_f16 decode_i8;
     elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
+    flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     float: float_matvec_1 float_matvec_8 float_matmul;
     linear: linear;
     matmul: matmul_i4 matmul_i8;

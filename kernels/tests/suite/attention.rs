@@ -92,7 +92,7 @@ pub(crate) fn worst<D: Device>(device: &D, out: &D::Buffer, expected: &[f64]) ->
 /// a query's likewise: with 64 channels that is an error of some hundredths in a score, and as much, relatively, in a weight.
 pub(crate) const ALLOWED: f64 = 0.03;
 
-pub(crate) const SHAPES: [(usize, usize, usize, usize, usize, usize, bool); 9] = [
+pub(crate) const SHAPES: [(usize, usize, usize, usize, usize, usize, bool); 10] = [
     // batch, queries, keys, heads, key heads, head width, causal
     (1, 1, 1, 2, 1, 64, true),
     (1, 1, 37, 14, 2, 64, true),
@@ -103,6 +103,7 @@ pub(crate) const SHAPES: [(usize, usize, usize, usize, usize, usize, bool); 9] =
     (2, 50, 50, 2, 2, 32, false),
     (1, 9, 33, 3, 1, 20, true),
     (1, 5, 7, 2, 2, 7, false),
+    (2, 70, 70, 2, 1, 100, true),
 ];
 
 pub(crate) fn caches_are_near_the_definition_however_they_are_filled<D: Device>(device: &D) {
@@ -176,4 +177,21 @@ pub(crate) fn caches_refuse_what_they_cannot_hold<D: Device>(device: &D) {
     assert!(run(AttentionShape { queries: 2, ..good }).is_err());
     assert!(run(AttentionShape { key_heads: 1, ..good }).is_err());
     assert!(run(AttentionShape { heads: 1, head_dim: 16, key_heads: 1, ..good }).is_err());
+}
+
+/// Attention whose queries and keys may be rounded.
+pub(crate) fn rounded_attention_is_near_the_definition<D: Device>(device: &D) {
+    for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: true };
+        for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
+            let input = input(number as u64, hardness, shape);
+            let (expected, size) = expected(&input);
+            let (q, k, v) = (buffer(device, &input.q), buffer(device, &input.k), buffer(device, &input.v));
+            let mut out = device.allocate(expected.len()).expect("memory");
+            device.attention(&q, &k, &v, shape, &mut out).expect("a good shape");
+            let error = worst(device, &out, &expected) / size;
+            assert!(error < ALLOWED, "{} {hardness:?} {shape:?}: {error}", device.describe());
+        }
+    }
 }
