@@ -171,24 +171,24 @@ __device__ __forceinline__ void flash(const float*, const T*, const T*, const fl
 
 #endif
 
-// For heads of up to WIDTH dimensions.
-#define FLASH(WIDTH)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS) flash_f32_##WIDTH(                                               \
-        const float* q, const float* k, const float* v, Shape shape, Strides strides, float* out) {                        \
-        flash<WIDTH, float>(q, k, v, nullptr, nullptr, shape, strides, out);                                               \
-    }                                                                                                                      \
-    EXPORT(flash_f32_##WIDTH)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) flash_f16_##WIDTH(                                               \
-        const float* q, const __half* k, const __half* v, Shape shape, Strides strides, float* out) {                      \
-        flash<WIDTH, __half>(q, k, v, nullptr, nullptr, shape, strides, out);                                              \
-    }                                                                                                                      \
-    EXPORT(flash_f16_##WIDTH)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
-        flash_i8_##WIDTH(const float* q, const signed char* k, const signed char* v, const float* k_scales,                \
-                         const float* v_scales, Shape shape, Strides strides, float* out) {                                \
-        flash<WIDTH, signed char>(q, k, v, k_scales, v_scales, shape, strides, out);                                       \
-    }                                                                                                                      \
+// For heads of up to WIDTH dimensions; a multiprocessor should hold BLOCKS at once.
+#define FLASH(WIDTH, BLOCKS)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f32_##WIDTH(                                   \
+        const float* q, const float* k, const float* v, Shape shape, Strides strides, float* out) {                    \
+        flash<WIDTH, float>(q, k, v, nullptr, nullptr, shape, strides, out);                                           \
+    }                                                                                                                  \
+    EXPORT(flash_f32_##WIDTH)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f16_##WIDTH(                                   \
+        const float* q, const __half* k, const __half* v, Shape shape, Strides strides, float* out) {                  \
+        flash<WIDTH, __half>(q, k, v, nullptr, nullptr, shape, strides, out);                                          \
+    }                                                                                                                  \
+    EXPORT(flash_f16_##WIDTH)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        flash_i8_##WIDTH(const float* q, const signed char* k, const signed char* v, const float* k_scales,            \
+                         const float* v_scales, Shape shape, Strides strides, float* out) {                            \
+        flash<WIDTH, signed char>(q, k, v, k_scales, v_scales, shape, strides, out);                                   \
+    }                                                                                                                  \
     EXPORT(flash_i8_##WIDTH)
 
-FLASH(64)
-FLASH(128)
+FLASH(64, 3)
+FLASH(128, 2)
