@@ -96,62 +96,100 @@ pub(crate) fn decode(machine: &mut Machine) {
     }
 }
 
-pub(crate) fn attention(machine: &mut Machine) {
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    key_heads: usize,
+    width: usize,
+    causal: bool,
+}
+
+impl Shape {
+    fn of([batch, queries, keys, heads, key_heads, width]: [usize; 6], causal: bool) -> Self {
+        Shape { batch, queries, keys, heads, key_heads, width, causal }
+    }
+}
+
+/// Runs a kernel and compares; `fast`: by tensor cores, in f16.
+fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: bool) {
+    let Shape { batch, queries, keys, heads, key_heads, width, causal } = shape;
     let scale = 0.3;
-    for (batch, queries, keys, heads, key_heads, width, causal) in [
-        (1, 1, 1, 1, 1, 1, true),
-        (2, 3, 5, 4, 2, 20, false),
-        (1, 3, 5, 2, 2, 16, true),
-        (1, 2, 131, 3, 1, 33, true),
-        (1, 1, 260, 2, 1, 130, false),
+    let q = machine.numbers(batch * queries * heads * width);
+    let q_at = machine.floats(&q);
+    // As buffers lie, [batch, keys, key heads, width], or as caches do, [key heads, capacity, width].
+    let capacity = if in_cache { keys + 3 } else { keys };
+    let [k, v] = [0, 1].map(|_| stored(machine, kind, batch * key_heads * capacity * width, width));
+    let row = key_heads * width;
+    let strides = if in_cache { [0, capacity * width, width] } else { [keys * row, width, row] };
+    let lies = strides.iter().fold(Fields::default(), |fields, &stride| fields.word(stride as u64));
+    let ints = [queries, keys, heads, key_heads, width, usize::from(causal)];
+    let (argument, out) = (Fields::default().ints(&ints).float(scale), machine.output(4 * q.len()));
+    let of_kind = format!("{kind:?}").to_lowercase();
+    let (family, kernel, grid) = if fast {
+        let wide = if width <= 64 { 64 } else { 128 };
+        let grid = Grid([queries.div_ceil(64), heads, batch], THREADS, 0);
+        ("flash", format!("flash_{of_kind}_{wide}"), grid)
+    } else {
+        let grid = Grid([queries, heads, batch], THREADS, 4 * width);
+        ("attention", format!("attention_{of_kind}"), grid)
+    };
+    let arguments = match kind {
+        Type::I8 => arguments![q_at, k.at, v.at, k.scales, v.scales, argument, lies, out].to_vec(),
+        _ => arguments![q_at, k.at, v.at, argument, lies, out].to_vec(),
+    };
+    machine.run([family, &kernel], grid, &arguments);
+    if fast && machine.architecture < 80 {
+        // Nothing: the device does not launch it there.
+        return;
+    }
+    let narrow = |values: &[f64]| -> Vec<f64> { values.iter().map(|&value| f16::from_f64(value).to_f64()).collect() };
+    let (k, v) = if fast { (narrow(&k.values), narrow(&v.values)) } else { (k.values, v.values) };
+    let scaled: Vec<f64> = q.iter().map(|q| f64::from(q * scale)).collect();
+    let scaled = if fast { narrow(&scaled) } else { scaled };
+    let of_head = |(i, q): (usize, &[f64])| {
+        let (head, query, sequence) = (i % heads, i / heads % queries, i / heads / queries);
+        let seen = if causal { keys - queries + query + 1 } else { keys };
+        let start = sequence * strides[0] + head / (heads / key_heads) * strides[1];
+        attend(q, seen, 1.0, [&k, &v], |key| start + key * strides[2])
+    };
+    let expected: Vec<f64> = scaled.chunks_exact(width).enumerate().flat_map(of_head).collect();
+    // Weights in f16 have 11 bits.
+    machine.check(&format!("{kernel}, {shape:?}"), out, &expected, if fast { 5e-4 } else { 1e-5 });
+}
+
+pub(crate) fn attention(machine: &mut Machine) {
+    for (shape, causal) in [
+        ([1, 1, 1, 1, 1, 1], true),
+        ([2, 3, 5, 4, 2, 20], false),
+        ([1, 3, 5, 2, 2, 16], true),
+        ([1, 2, 131, 3, 1, 33], true),
+        ([1, 1, 260, 2, 1, 130], false),
     ] {
-        let q = machine.numbers(batch * queries * heads * width);
-        let q_at = machine.floats(&q);
-        let ints = [queries, keys, heads, key_heads, width, usize::from(causal)];
-        let shape = Fields::default().ints(&ints).float(scale);
-        // As buffers lie, [batch, keys, key heads, width], or as caches do, [key heads, capacity, width].
-        for (kind, in_cache) in [(Type::F32, false), (Type::F32, true), (Type::F16, true), (Type::I8, true)] {
-            if in_cache && batch > 1 {
-                continue;
-            }
-            let capacity = if in_cache { keys + 3 } else { keys };
-            let [k, v] = [0, 1].map(|_| stored(machine, kind, batch * key_heads * capacity * width, width));
-            let strides = if in_cache {
-                [0, capacity * width, width]
-            } else {
-                [keys * key_heads * width, width, key_heads * width]
-            };
-            let argument = strides.iter().fold(Fields::default(), |fields, &stride| fields.word(stride as u64));
-            let (out, shape) = (machine.output(4 * q.len()), shape.clone());
-            let grid = Grid([queries, heads, batch], THREADS, 4 * width);
-            match kind {
-                Type::F32 => {
-                    machine.run(
-                        ["attention", "attention_f32"],
-                        grid,
-                        arguments![q_at, k.at, v.at, shape, argument, out],
-                    );
-                }
-                Type::F16 => {
-                    machine.run(
-                        ["attention", "attention_f16"],
-                        grid,
-                        arguments![q_at, k.at, v.at, shape, argument, out],
-                    );
-                }
-                Type::I8 => {
-                    let arguments = arguments![q_at, k.at, v.at, k.scales, v.scales, shape, argument, out];
-                    machine.run(["attention", "attention_i8"], grid, arguments);
-                }
-            }
-            let of_head = |(i, q): (usize, &[f32])| {
-                let (head, query, sequence) = (i % heads, i / heads % queries, i / heads / queries);
-                let seen = if causal { keys - queries + query + 1 } else { keys };
-                let start = sequence * strides[0] + head / (heads / key_heads) * strides[1];
-                attend(&wide(q), seen, f64::from(scale), [&k.values, &v.values], |key| start + key * strides[2])
-            };
-            let expected: Vec<f64> = q.chunks_exact(width).enumerate().flat_map(of_head).collect();
-            machine.check(&format!("attention {kind:?} of {keys} keys, {heads} × {width}"), out, &expected, 1e-5);
+        let shape = Shape::of(shape, causal);
+        check(machine, shape, Type::F32, false, false);
+        if shape.batch == 1 {
+            [Type::F32, Type::F16, Type::I8].into_iter().for_each(|kind| check(machine, shape, kind, true, false));
+        }
+    }
+}
+
+pub(crate) fn flash(machine: &mut Machine) {
+    for (shape, causal) in [
+        ([1, 2, 2, 1, 1, 1], true),
+        ([2, 65, 70, 2, 1, 20], false),
+        ([1, 70, 131, 2, 2, 64], true),
+        ([1, 9, 200, 4, 2, 33], true),
+        ([1, 65, 65, 1, 1, 128], true),
+        ([2, 3, 5, 2, 1, 100], false),
+        ([1, 17, 150, 2, 1, 67], true),
+    ] {
+        let shape = Shape::of(shape, causal);
+        check(machine, shape, Type::F32, false, true);
+        if shape.batch == 1 {
+            [Type::F16, Type::I8].into_iter().for_each(|kind| check(machine, shape, kind, true, true));
         }
     }
 }

@@ -121,7 +121,8 @@ fn quantised(machine: &mut Machine, x: &[f32], rows: usize, depth: usize, words:
         }
     }
     let found: Vec<i8> = machine.read(codes).iter().map(|&byte| byte as i8).collect();
-    assert_eq!(found, ordered, "codes of {rows} rows, {depth} deep");
+    let wrong = found.iter().zip(&ordered).position(|(found, expected)| found != expected);
+    assert_eq!(wrong, None, "the first wrong code of {rows} rows, {depth} deep");
     assert_eq!(machine.read_floats(scales), of_scales);
     let value = |i: usize| {
         let at = i / depth * blocks * BLOCK + i % depth;
