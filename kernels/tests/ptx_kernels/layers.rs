@@ -238,7 +238,7 @@ pub(crate) fn gated(machine: &mut Machine) {
 }
 
 fn many_rows(machine: &mut Machine, kind: Type) {
-    for (index, depth) in [40, 96, 131, 320, 32, 1, 448].into_iter().enumerate() {
+    for (index, depth) in [40, 96, 131, 320, 32, 1].into_iter().enumerate() {
         for (at, group) in GROUPS.into_iter().enumerate() {
             let rows = [9, 65, 70, 64][(index + at) % 4];
             let outputs = [70, 5, 64, 33][(index + at / 2) % 4];

@@ -84,13 +84,11 @@ const IN_QUANTISED_LAYERS: &[Planted] = &[
     (layers::few_rows, "matvec", 72, "if (first + output < layer.weight.rows)", ""),
     (layers::few_rows, "matvec", 87, "if (at < weight.row_bytes)", ""),
     (layers::gated, "matvec", 87, "if (task >= layer.tasks) return;", ""),
-    (layers::gated, "matvec", 87, "layers.layer[output].aligned", "layers.layer[output].aligned || true"),
     (layers::many_rows_of_bytes, "matmul", 87, "#endif\n        __syncthreads();", "#endif"),
     (layers::many_rows_of_bytes, "matmul", 72, "#endif\n        __syncthreads();", "#endif"),
     (layers::many_rows_of_bytes, "matmul", 87, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
     (layers::many_rows_of_bytes, "matmul", 87, "weight[i + 1][1] = two[3]", "weight[i + 1][1] = two[2]"),
     (layers::many_rows_of_four_bits, "matmul", 87, "sums[i][j] = 0;", ""),
-    (layers::many_rows_of_four_bits, "matmul", 87, "words[2 + lane % 4 / 2]", "words[1 + lane % 4 / 2]"),
     (layers::many_rows_of_four_bits, "matmul", 72, "if (at >= weight.depth) at =", "if (false) at ="),
 ];
 
@@ -110,7 +108,6 @@ const IN_OTHERS: &[Planted] = &[
     (attention::flash, "flash", 87, "ldmatrix_x4_trans(both", "ldmatrix_x4(both"),
     (attention::flash, "flash", 87, "        __syncthreads();\n    }\n#pragma", "    }\n#pragma"),
     (attention::flash, "flash", 87, "sums[part][2] *= faded[1]", "sums[part][2] *= faded[0]"),
-    (attention::flash, "flash", 87, "if (row + 8 * i >= shape.queries) continue;", ""),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
 ];
 
