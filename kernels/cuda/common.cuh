@@ -5,15 +5,15 @@
 // How a weight's elements are stored; the numbers are those of `WeightType` in src/cuda/weight.rs.
 enum Type : int { F32 = 0, F16 = 1, BF16 = 2, I8 = 3, I4 = 4 };
 
-// A stored weight [rows, depth], row-major. Integers are multiplied by scales [rows, scales_per_row], one for each `group`
-// elements of a row. Four-bit values lie eight a little-endian word, the first in the lowest bits, as value + 8.
+// A stored weight [rows, depth], row-major. Integers are multiplied by scales [rows, scales_per_row], one for each
+// 2^group_shift elements of a row. Four-bit values lie eight a little-endian word, the first in the lowest bits, as value + 8.
 struct Weight {
     const unsigned char* data;
     const unsigned char* scales; // f32, f16 or bf16; none but for integers
     long long row_bytes;
     int rows, depth;
     int type, scale_type;
-    int group, scales_per_row;
+    int group_shift, scales_per_row; // 31 where a row has one scale
 };
 
 __device__ __forceinline__ float as_float(const unsigned char* data, int type, size_t at) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ float as_float(const unsigned char* data, int type, s
 
 // The scale of element `at` of row `row`.
 __device__ __forceinline__ float scale_at(const Weight& weight, int row, int at) {
-    return as_float(weight.scales, weight.scale_type, (size_t)row * weight.scales_per_row + at / weight.group);
+    return as_float(weight.scales, weight.scale_type, (size_t)row * weight.scales_per_row + (at >> weight.group_shift));
 }
 
 // Element `at` of row `row`, of any type: the definition. Kernels that read much have loads of their own.

@@ -69,6 +69,28 @@ pub enum Activation {
     Relu,
 }
 
+impl Activation {
+    /// Every one of them.
+    pub const ALL: [Activation; 7] = [
+        Activation::Identity,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Silu,
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Relu,
+    ];
+}
+
+/// The frequencies of rotary positions, one for each pair of a head, as transformers has them: the exponent and the power are
+/// f32.
+pub(crate) fn rope_frequencies(head_dim: usize, theta: f32) -> impl Iterator<Item = f32> {
+    (0..head_dim / 2).map(move |pair| {
+        let exponent = (2 * pair) as f32 / head_dim as f32;
+        1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
+    })
+}
+
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
@@ -105,14 +127,19 @@ pub enum CacheType {
 }
 
 impl CacheType {
+    /// Bytes of an element, without scales.
+    pub fn element_bytes(self) -> usize {
+        match self {
+            CacheType::F32 => size_of::<f32>(),
+            CacheType::F16 => size_of::<u16>(),
+            CacheType::I8 => 1,
+        }
+    }
+
     /// Bytes that a key and a value of one position take in a layer.
     pub fn position_bytes(self, key_heads: usize, head_dim: usize) -> usize {
-        let head = match self {
-            CacheType::F32 => size_of::<f32>() * head_dim,
-            CacheType::F16 => size_of::<u16>() * head_dim,
-            CacheType::I8 => head_dim + size_of::<f32>(),
-        };
-        2 * key_heads * head
+        let scale = if self == CacheType::I8 { size_of::<f32>() } else { 0 };
+        2 * key_heads * (self.element_bytes() * head_dim + scale)
     }
 }
 

@@ -40,6 +40,12 @@ fn caches_refuse_what_they_cannot_hold() {
     suite::attention::caches_refuse_what_they_cannot_hold(&stand_in::device());
 }
 
+/// As above, by the kernels that are used for speed.
+#[test]
+fn several_at_once_and_fast() {
+    suite::several_at_once(&stand_in::device());
+}
+
 /// Products of activations in f32, whatever rows a weight is read in.
 #[test]
 fn layers_in_f32_f16_and_bf16() {

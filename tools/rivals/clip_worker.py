@@ -9,7 +9,6 @@ answer.
 """
 
 import ctypes
-import json
 import random
 import sys
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 import llama_cpp as llama
 from gguf import GGUFReader
 from llama_cpp import mtmd_cpp as mtmd
+
+from worker import serve
 
 SEED = 1
 TRIALS = 2
@@ -85,10 +86,7 @@ def main(path, frames, threads):
     _, chosen, flash = best
     system = llama.llama_print_system_info().decode()
     settings = f"{Path(path).stem}, flash attention {'on' if flash else 'off'}, {threads} threads"
-    print(json.dumps({"settings": settings, "about": system}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "run":
-            print(json.dumps({"per_s": chosen.run()}), flush=True)
+    serve(settings, system, chosen.run)
 
 
 if __name__ == "__main__":

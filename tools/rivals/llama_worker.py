@@ -12,12 +12,13 @@ whichever is fastest in short runs of each before the first answer.
 
 import ctypes
 import itertools
-import json
 import random
 import sys
 import time
 
 import llama_cpp as llama
+
+from worker import serve
 
 SEED = 1
 TRIALS = 3
@@ -100,10 +101,7 @@ def main(path, task, positions, tokens, threads):
     _, chosen, flash, run = best
     system = llama.llama_print_system_info().decode()
     settings = f"flash attention {'on' if flash else 'off'}, runs of {run}, {threads} threads"
-    print(json.dumps({"settings": settings, "about": system}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "run":
-            print(json.dumps({"per_s": chosen.run()}), flush=True)
+    serve(settings, system, chosen.run)
 
 
 if __name__ == "__main__":

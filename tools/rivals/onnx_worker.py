@@ -7,13 +7,14 @@ kept: attention plain or fused, quantised weights signed or unsigned. All graph 
 run processes: frames, or seconds of sound.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import numpy
 import onnxruntime
+
+from worker import serve
 
 TRIALS = 2
 # A candidate that is slower than the best by this factor in its first run is not timed again.
@@ -54,10 +55,7 @@ def main(folder, precision, things, threads):
         sys.exit(f"{folder} holds no graph")
     _, opened, inputs, name = best
     about = f"onnxruntime {onnxruntime.__version__}"
-    print(json.dumps({"settings": f"{name}, {threads} threads", "about": about}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "run":
-            print(json.dumps({"per_s": int(things) / seconds(opened, inputs)}), flush=True)
+    serve(f"{name}, {threads} threads", about, lambda: int(things) / seconds(opened, inputs))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ use crate::cpu::gemm::with_panels;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Level;
 use crate::cpu::stored::{Values, widen_row};
+use crate::device::rope_frequencies;
 use std::cell::Cell;
 
 thread_local! {
@@ -30,10 +31,7 @@ impl Frequencies {
         }
         (self.head_dim, self.theta) = (head_dim, theta);
         self.pairs.clear();
-        self.pairs.extend((0..head_dim / 2).map(|i| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
-        }));
+        self.pairs.extend(rope_frequencies(head_dim, theta));
     }
 }
 

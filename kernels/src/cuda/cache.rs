@@ -29,15 +29,10 @@ impl CudaCache {
         key_heads: usize,
         head_dim: usize,
     ) -> Result<Self> {
-        let element = match kind {
-            CacheType::F32 => 4,
-            CacheType::F16 => 2,
-            CacheType::I8 => 1,
-        };
         let floats = |count: usize| if kind == CacheType::I8 { count.checked_mul(4) } else { Some(0) };
         let bytes = |count: Option<usize>| zeros(device, "cache", count);
         let heads = capacity.checked_mul(key_heads);
-        let elements = heads.and_then(|n| n.checked_mul(head_dim)).and_then(|n| n.checked_mul(element));
+        let elements = heads.and_then(|n| n.checked_mul(head_dim)).and_then(|n| n.checked_mul(kind.element_bytes()));
         Ok(CudaCache {
             capacity,
             key_heads,
@@ -78,9 +73,8 @@ impl CudaCache {
 
     /// The parts that a copy takes over: from, to, and bytes of a head and of a position in a head.
     pub(super) fn parts<'a>(&'a self, to: &'a mut CudaCache) -> [Part<'a>; 5] {
-        let row = self.kind.position_bytes(1, self.head_dim) / 2;
-        let (row, scale) = if self.kind == CacheType::I8 { (self.head_dim, 4) } else { (row, 0) };
-        let mean = if self.kind == CacheType::I8 { 4 * self.head_dim } else { 0 };
+        let row = self.kind.element_bytes() * self.head_dim;
+        let (scale, mean) = if self.kind == CacheType::I8 { (4, 4 * self.head_dim) } else { (0, 0) };
         [
             Part { from: &self.keys, to: &mut to.keys, position: row, whole: false },
             Part { from: &self.values, to: &mut to.values, position: row, whole: false },

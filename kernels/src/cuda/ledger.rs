@@ -110,9 +110,9 @@ pub struct Entry {
     pub launches: u64,
     /// Bytes read and written.
     pub bytes: f64,
-    /// Operations on bytes, and in f32.
+    /// Operations on bytes; those in f16 count double.
     pub byte_operations: f64,
-    /// In f32.
+    /// Operations in f32.
     pub float_operations: f64,
     /// Seconds.
     pub seconds: f64,

@@ -46,7 +46,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
-use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold, rope_frequencies};
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
@@ -131,6 +131,9 @@ fn code(activation: Activation) -> i32 {
 
 impl CudaDevice {
     /// Opens GPU number `ordinal` with kernels that `image` gives by the names of the files of cuda/, as cubins or PTX.
+    ///
+    /// # Errors
+    /// Those of [`CudaDevice::all`], [`CudaError::OutOfMemory`], and what `image` or the driver says of an image.
     pub fn with_images(
         ordinal: usize,
         image: impl Fn(&str) -> std::result::Result<Vec<u8>, CudaError>,
@@ -153,12 +156,19 @@ impl CudaDevice {
     }
 
     /// Every GPU that the driver names.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`] or [`CudaError::NoDevice`], or what else the driver says.
     pub fn all() -> std::result::Result<Vec<Found>, CudaError> {
         driver::all()
     }
 
     /// Opens GPU number `ordinal` with the kernels of this program, or with kernels that are compiled for it here, and runs each
     /// once ([`CudaDevice::self_test`]).
+    ///
+    /// # Errors
+    /// Those of [`CudaDevice::with_images`] and of the self-test; [`CudaError::Architecture`] where there are no kernels for the
+    /// GPU and none can be made.
     pub fn open(ordinal: usize) -> std::result::Result<Self, CudaError> {
         let gpu = driver::open(ordinal)?;
         if let Some(architecture) = images::find(gpu.capability) {
@@ -193,15 +203,19 @@ impl CudaDevice {
         i32::try_from(value).map_err(|_| DeviceError::Argument { op, reason: reason() })
     }
 
-    /// Bytes on the GPU.
-    fn upload(&self, op: &'static str, bytes: &[u8]) -> Result<CudaSlice<u8>> {
-        let mut data = zeros(self, op, Some(bytes.len()))?;
-        let stream = &self.inner.gpu.stream;
-        if !bytes.is_empty() {
-            stream.memcpy_htod(bytes, &mut data).map_err(failed(op, bytes.len()))?;
-            // The bytes may be gone when this returns.
-            stream.synchronize().map_err(failed(op, bytes.len()))?;
+    /// Values on the GPU.
+    fn upload<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
+        &self,
+        op: &'static str,
+        values: &[T],
+    ) -> Result<CudaSlice<T>> {
+        if values.is_empty() {
+            return zeros(self, op, Some(0));
         }
+        let (stream, bytes) = (&self.inner.gpu.stream, size_of_val(values));
+        let data = stream.clone_htod(values).map_err(failed(op, bytes))?;
+        // The values may be gone when this returns.
+        stream.synchronize().map_err(failed(op, bytes))?;
         Ok(data)
     }
 
@@ -211,14 +225,8 @@ impl CudaDevice {
         if let Some(frequencies) = known.get(&(head_dim, theta.to_bits())) {
             return Ok(frequencies.clone());
         }
-        // As transformers has them: the exponent and the power are f32.
-        let power = |pair: usize| f64::from(theta).powf(f64::from((2 * pair) as f32 / head_dim as f32)) as f32;
-        let values: Vec<f32> = (0..head_dim / 2).map(|pair| 1.0 / power(pair)).collect();
-        let mut data = zeros(self, "rope", Some(values.len()))?;
-        let stream = &self.inner.gpu.stream;
-        stream.memcpy_htod(&values, &mut data).map_err(failed("rope", 0))?;
-        stream.synchronize().map_err(failed("rope", 0))?;
-        let data = Arc::new(data);
+        let values: Vec<f32> = rope_frequencies(head_dim, theta).collect();
+        let data = Arc::new(self.upload("rope", &values)?);
         known.insert((head_dim, theta.to_bits()), data.clone());
         Ok(data)
     }
@@ -354,8 +362,7 @@ impl Device for CudaDevice {
     ) -> Result<()> {
         const OP: &str = "linear_each";
         let first = layers.first().map(|layer| layer.0);
-        let together =
-            |weight: &CudaWeight| self.in_bytes(weight) && first.is_some_and(|first| first.goes_with(weight));
+        let together = |weight: &CudaWeight| !self.exact && first.is_some_and(|first| first.goes_with(weight));
         if layers.len() > layers::LAYERS || outs.len() < layers.len() || !layers.iter().all(|layer| together(layer.0)) {
             for (&(weight, bias, activation), out) in layers.iter().zip(outs) {
                 self.linear(x, rows, weight, bias, activation, out)?;
@@ -384,8 +391,9 @@ impl Device for CudaDevice {
         const OP: &str = "linear_add";
         let (outputs, depth) = (weight.rows(), weight.depth());
         check::at_least(OP, "y", y.len, &[rows, depth])?;
-        let all = check::at_least(OP, "x", x.len, &[rows, outputs])?;
-        if self.exact || all != len {
+        check::exactly(OP, "the output", len, &[rows, outputs])?;
+        check::at_least(OP, "x", x.len, &[len])?;
+        if self.exact {
             self.linear(y, rows, weight, bias, Activation::Identity, scratch)?;
             return self.add(x, scratch, len);
         }
@@ -406,8 +414,9 @@ impl Device for CudaDevice {
     ) -> Result<()> {
         const OP: &str = "linear_gated";
         check::at_least(OP, "x", x.len, &[rows, gate.depth()])?;
-        let all = check::at_least(OP, "out", out.len, &[rows, gate.rows()])?;
-        if self.exact || all != len || !layers::is_gated_at_once(rows, gate, up) {
+        check::exactly(OP, "the output", len, &[rows, gate.rows()])?;
+        check::at_least(OP, "out", out.len, &[len])?;
+        if self.exact || !layers::is_gated_at_once(rows, gate, up) {
             let layers = [(gate, None, activation), (up, None, Activation::Identity)];
             self.linear_each(x, rows, &layers, &mut [&mut *out, &mut *scratch])?;
             return self.multiply(out, scratch, len);

@@ -156,14 +156,7 @@ fn elementwise<D: Device>(
     device.multiply(&mut out, &x, len)?;
     device.add_positions(&mut out, rows, &weight, 0)?;
     keep("sums and products", &out)?;
-    for activation in [
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::Silu,
-        Activation::Sigmoid,
-        Activation::Tanh,
-        Activation::Relu,
-    ] {
+    for activation in Activation::ALL {
         let mut out = buffer(len, 4)?;
         device.activate(activation, &mut out, len)?;
         keep(&format!("{activation:?}"), &out)?;

@@ -19,7 +19,7 @@ pub(super) struct WeightArgument {
     depth: i32,
     kind: i32,
     scale_kind: i32,
-    group: i32,
+    group_shift: i32,
     scales_per_row: i32,
 }
 
@@ -62,7 +62,6 @@ impl CudaWeight {
             rows: device.small(OP, "rows", rows)?,
             depth: device.small(OP, "elements of a row", depth)?,
             kind: number(dtype),
-            group: 1,
             ..WeightArgument::default()
         };
         let scales = match tensor.scales() {
@@ -72,7 +71,8 @@ impl CudaWeight {
                 let uploaded = Arc::new(device.upload(OP, &bytes)?);
                 argument.scales = address(&uploaded, 0);
                 argument.scale_kind = number(kind);
-                argument.group = device.small(OP, "elements of a group", scales.group().unwrap_or(depth.max(1)))?;
+                // Groups are powers of two; every element of a row is in the first of 2³¹.
+                argument.group_shift = scales.group().map_or(31, |group| group.trailing_zeros() as i32);
                 argument.scales_per_row = device.small(OP, "scales of a row", scales.per_row())?;
                 Some(uploaded)
             }
@@ -107,8 +107,7 @@ impl CudaWeight {
 
     /// Elements, 128 at most, that have one scale, of a weight that has scales.
     pub(super) fn chunk(&self) -> usize {
-        // One scale a row says its depth.
-        if self.argument.scales_per_row > 1 { self.argument.group as usize } else { 128 }.min(128)
+        if self.argument.scales_per_row > 1 { 1 << self.argument.group_shift.min(7) } else { 128 }
     }
 
     /// Whether every row begins at a multiple of 16 bytes.

@@ -97,18 +97,21 @@ impl Machine {
         let values = codes.iter().enumerate().skip(first * depth).map(|(i, code)| code * factor(i)).collect();
         let row_bytes = bytes.len() / all;
         let data = self.bytes(&bytes) + (first * row_bytes) as u64;
-        let (scales_at, of_group) = if is_scaled {
+        let (scales_at, group_shift) = if is_scaled {
             let start = self.bytes(&scale_bytes);
-            (start + (first * scale_bytes.len() / all) as u64, group.unwrap_or(depth))
+            (
+                start + (first * scale_bytes.len() / all) as u64,
+                group.map_or(31, |group| group.trailing_zeros() as usize),
+            )
         } else {
-            (0, 1)
+            (0, 0)
         };
-        let ints = [rows, depth, kind as usize, scale_kind as usize, of_group, if is_scaled { per_row } else { 0 }];
+        let ints = [rows, depth, kind as usize, scale_kind as usize, group_shift, if is_scaled { per_row } else { 0 }];
         Weight {
             kind,
             rows,
             depth,
-            chunk: if per_row > 1 { of_group.min(128) } else { 128 },
+            chunk: group.filter(|_| per_row > 1).unwrap_or(128),
             aligned: data.is_multiple_of(16) && row_bytes.is_multiple_of(16),
             values,
             argument: Fields::default().word(data).word(scales_at).word(row_bytes as u64).ints(&ints),

@@ -10,15 +10,7 @@ use std::sync::Arc;
 
 const SEED: u64 = 20_240_607;
 pub(crate) const TYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::I8, DType::I4];
-const ACTIVATIONS: [Activation; 7] = [
-    Activation::Identity,
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::Silu,
-    Activation::Sigmoid,
-    Activation::Tanh,
-    Activation::Relu,
-];
+const ACTIVATIONS: [Activation; 7] = Activation::ALL;
 
 /// Error allowed, relative to the size of the values.
 const ALLOWED: f64 = 2e-6;
