@@ -93,3 +93,18 @@ __device__ __forceinline__ float block_max(float x, float* parts) {
 
 // This thread's number among all of the grid.
 __device__ __forceinline__ size_t global_index() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// All blocks of a cooperative launch meet here, and see what each of them wrote before. `arrived` is zero before the first launch, and
+// no other launch uses it at the same time.
+__device__ __forceinline__ void grid_barrier(unsigned* arrived) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // The highest bit turns when all have come, and the others are zero again: the first block adds what is missing to that.
+        unsigned own = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
+        __threadfence();
+        unsigned before = atomicAdd(arrived, own);
+        while (((before ^ *(volatile unsigned*)arrived) & 0x80000000u) == 0) __nanosleep(20);
+        __threadfence();
+    }
+    __syncthreads();
+}

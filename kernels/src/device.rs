@@ -114,6 +114,53 @@ pub struct AttentionShape {
     pub rounded: bool,
 }
 
+/// A layer of a decoder of Qwen2's kind: RMS norms before attention and MLP, grouped-query attention with rotary positions, a gated
+/// MLP with SiLU.
+#[derive(Clone, Copy, Debug)]
+pub struct DecoderLayer<'a, W> {
+    /// Weight of the norm before the attention, `[width]`.
+    pub attention_norm: &'a W,
+    /// Weights `[heads · head_dim, width]` of query, key and value, and their biases.
+    pub projections: [(&'a W, Option<&'a W>); 3],
+    /// `[width, heads · head_dim]`
+    pub output: &'a W,
+    /// Weight of the norm before the MLP, `[width]`.
+    pub mlp_norm: &'a W,
+    /// `[mlp, width]`
+    pub gate: &'a W,
+    /// `[mlp, width]`
+    pub up: &'a W,
+    /// `[width, mlp]`
+    pub down: &'a W,
+    /// Query heads and key/value heads.
+    pub heads: [usize; 2],
+    /// Width of a head.
+    pub head_dim: usize,
+    /// What norms add to the mean of squares.
+    pub eps: f32,
+    /// Base of the rotary positions.
+    pub theta: f32,
+    /// Factor on q·k.
+    pub scale: f32,
+}
+
+/// Buffers of one position on its way through a [`DecoderLayer`]. All but x are overwritten.
+#[derive(Debug)]
+pub struct DecoderBuffers<'a, B> {
+    /// The residual stream, `[width]`.
+    pub x: &'a mut B,
+    /// `[heads · head_dim]`
+    pub query: &'a mut B,
+    /// `[key heads · head_dim]`
+    pub key: &'a mut B,
+    /// `[key heads · head_dim]`
+    pub value: &'a mut B,
+    /// `[heads · head_dim]`
+    pub attended: &'a mut B,
+    /// `[mlp]`
+    pub gate: &'a mut B,
+}
+
 /// How a key-value cache keeps its elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -377,6 +424,21 @@ pub trait Device: Clone + Send + Sync + 'static {
         shape: AttentionShape,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// Takes one position, `position`, through a whole layer, where the device has that as one step: false says that it has not for
+    /// this layer and cache, and that nothing was done. x becomes what the layer adds to it, the cache gets the position's key and
+    /// value, as by [`Device::rms_norm`], [`Device::linear_each`], [`Device::rope_and_write`], [`Device::cache_attention`],
+    /// [`Device::linear_add`], [`Device::linear_gated`] one after the other.
+    fn decoder_layer(
+        &self,
+        layer: &DecoderLayer<'_, Self::Weight>,
+        buffers: DecoderBuffers<'_, Self::Buffer>,
+        cache: &mut Self::Cache,
+        position: usize,
+    ) -> Result<bool> {
+        let _ = (layer, buffers, cache, position);
+        Ok(false)
+    }
 
     /// Turns a convolution into [`Device::linear`]: channels-last input `[t, h, w, channels]` to columns
     /// `[t', h', w', channels · kt · kh · kw]` in the order of PyTorch's convolution weights (channel first).

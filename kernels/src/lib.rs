@@ -11,6 +11,8 @@ pub mod device;
 pub mod scales;
 pub mod tensor;
 
-pub use device::{Activation, AttentionShape, CacheType, Device, DeviceError, Unfold};
+pub use device::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Unfold,
+};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

@@ -129,6 +129,16 @@ fn both<D: Device>(
 }
 
 #[test]
+fn decoder_layers_at_once_are_their_steps() {
+    suite::decoder::at_once_is_in_steps(&stand_in::device());
+}
+
+#[test]
+fn decoder_layers_that_cannot_be_taken_at_once_are_refused() {
+    suite::decoder::others_are_refused(&stand_in::device());
+}
+
+#[test]
 fn a_good_gpu_passes_its_own_test() {
     stand_in::device().self_test().expect("the kernels are right");
 }

@@ -6,6 +6,7 @@
 #include "cuda_host.h"
 
 #include <link.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/mman.h>
@@ -192,6 +193,8 @@ struct Block {
     const Kernel* kernel;
     void** arguments;
     unsigned threads, warps, ready_warps, at_barrier, left;
+    const struct Grid* grid;
+    unsigned naps;  // in a row, of threads that wait for other blocks
     Order::Kind order;
     uint64_t random;
     void* main_stack_pointer;
@@ -464,6 +467,32 @@ UNSEEN void barrier(Site site) {
     block.at_barrier++;
     yield(me);
     order_after(tag);
+}
+
+struct Grid {
+    uint64_t blocks, first, step;
+    std::atomic<uint64_t> next{0};
+    std::atomic<unsigned> running{0};  // workers
+};
+
+// A thread that waits for another block lets all others run.
+UNSEEN void nanosleep(Site site) {
+    constexpr unsigned many_naps = 10000, endless_naps = 100000000;
+    Fiber& me = self();
+    Block& block = *me.block;
+    me.file = site.file;
+    me.line = site.line;
+    make_ready(block, *me.warp, 1u << me.lane);
+    Fiber* next = take_ready(block, me.warp);
+    if (next != &me) {
+        switch_to(me, next);
+        return;
+    }
+    sched_yield();
+    block.naps++;
+    if (block.naps > many_naps && block.grid->running.load() == 1)
+        fail(site, "deadlock: waits for another block, and none is running (is the launch cooperative?)");
+    if (block.naps > endless_naps) fail(site, "deadlock: waits for another block, which does not come");
 }
 
 // Makes the calling lane meet the others of its mask. True: it is the last, does the work for all and then calls
@@ -921,7 +950,7 @@ static UNSEEN void begin_block(Worker& worker) {
         worker.poisonings--;
         fill((unsigned char*)block.static_shared, (unsigned char*)block.static_shared_end);
     }
-    block.at_barrier = block.left = block.ready_warps = 0;
+    block.at_barrier = block.left = block.ready_warps = block.naps = 0;
     const dim3 size = block.indices.block_size;
     for (unsigned i = 0; i < block.threads; i++) {
         Fiber& fiber = worker.fibers[i];
@@ -977,11 +1006,6 @@ static UNSEEN void run_block(Worker& worker) {
     check_canaries(worker);
 }
 
-struct Grid {
-    uint64_t blocks, first, step;
-    std::atomic<uint64_t> next{0};
-};
-
 static void run_blocks(Worker& worker, Grid& grid) {
     SignalStack signal_stack;
     Block& block = worker.block;
@@ -1000,6 +1024,7 @@ static void run_blocks(Worker& worker, Grid& grid) {
         block.random = (order.seed * 0x9e3779b97f4a7c15u + i + 1) * 0xbf58476d1ce4e5b9u | 1u;
         run_block(worker);
     }
+    grid.running--;
 }
 
 // The blocks in the present order: all of them, once each.
@@ -1021,7 +1046,8 @@ static void arrange(Grid& grid, dim3 size) {
     }
 }
 
-void launch(const Kernel& kernel, dim3 grid_size, dim3 block_size, size_t shared_bytes, void** arguments) {
+void launch(const Kernel& kernel, dim3 grid_size, dim3 block_size, size_t shared_bytes, void** arguments,
+            bool cooperative) {
     std::lock_guard<std::mutex> guard(launch_lock);
     if (!fibers) start_emulator();
     const uint64_t threads = (uint64_t)block_size.x * block_size.y * block_size.z;
@@ -1032,7 +1058,10 @@ void launch(const Kernel& kernel, dim3 grid_size, dim3 block_size, size_t shared
     Grid grid;
     arrange(grid, grid_size);
     if (grid.blocks < 1) fail(nowhere, "kernel %s: an empty grid", kernel.name);
-    const unsigned count = (unsigned)std::min<uint64_t>(wanted_workers(), grid.blocks);
+    if (cooperative && grid.blocks > cooperative_limit)
+        fail(nowhere, "kernel %s: a cooperative launch of %llu blocks", kernel.name, (unsigned long long)grid.blocks);
+    const unsigned count = (unsigned)(cooperative ? grid.blocks : std::min<uint64_t>(wanted_workers(), grid.blocks));
+    grid.running = count;
     for (unsigned i = 0; i < count; i++) {
         Worker& worker = prepare_worker(i, (unsigned)threads);
         Block& block = worker.block;
@@ -1040,6 +1069,7 @@ void launch(const Kernel& kernel, dim3 grid_size, dim3 block_size, size_t shared
         block.arguments = arguments;
         block.threads = (unsigned)threads;
         block.warps = ((unsigned)threads + warp_size - 1) / warp_size;
+        block.grid = &grid;
         block.order = order.kind;
         block.dynamic_bytes = shared_bytes;
         block.indices = {dim3(), block_size, grid_size, worker.guard - (shared_bytes + 15) / 16 * 16};

@@ -6,7 +6,7 @@
 //
 // Each CUDA thread of a block is a fiber with a stack of its own; the fibers of a block run one at a time and change
 // over at barriers and warp operations. Blocks run one after another, or spread over the threads of the operating
-// system that the environment variable CUDA_HOST_THREADS asks for. CUDA_HOST_ORDER is the order in which fibers and
+// system that the environment variable CUDA_HOST_THREADS asks for; those of a cooperative launch have one each. CUDA_HOST_ORDER is the order in which fibers and
 // blocks are taken: 0 (ascending), `reverse`, or the seed of a random order.
 //
 // Bugs end the process with a message that names kernel, block, thread and line: threads of a block that wait at
@@ -99,19 +99,26 @@ struct Registration {
 
 // ---- Launching.
 
-// Runs a grid to its end. The arguments are pointers to the kernel's arguments.
-void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void** arguments);
+// Runs a grid to its end. The arguments are pointers to the kernel's arguments. The blocks of a cooperative launch, at
+// most `cooperative_limit`, run at the same time.
+void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void** arguments,
+            bool cooperative = false);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr unsigned cooperative_limit = 1;  // as static shared memory exists once
+#else
+constexpr unsigned cooperative_limit = 16;
+#endif
 
 // The order of threads and blocks from now on, as in CUDA_HOST_ORDER. False: not an order.
 bool set_order(const char* order);
 
-template <class... Parameters, class... Arguments> void launch_typed(const char* name, void (*kernel)(Parameters...),
-                                                                     dim3 grid, dim3 block, size_t shared_bytes,
-                                                                     Arguments... arguments) {
+template <class... Parameters, class... Arguments>
+void launch_typed(bool cooperative, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                  size_t shared_bytes, Arguments... arguments) {
     static_assert(sizeof...(Parameters) == sizeof...(Arguments), "wrong number of kernel arguments");
     auto run = [&](Parameters... converted) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&converted))..., nullptr};
-        launch(describe(name, kernel), grid, block, shared_bytes, pointers);
+        launch(describe(name, kernel), grid, block, shared_bytes, pointers, cooperative);
     };
     run(arguments...);
 }
@@ -178,6 +185,7 @@ struct Site {
 enum class Shuffle : unsigned { Index, Up, Down, Xor };
 
 void barrier(Site site);
+void nanosleep(Site site);
 void sync_warp(uint32_t mask, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int argument, int width, Site site);
@@ -227,7 +235,9 @@ inline Value shuffle_value(Shuffle kind, uint32_t mask, Value value, int argumen
 #define EXPORT(kernel) static const cuda_host::Registration registration_of_##kernel(#kernel, kernel);
 // Runs a kernel from C++, for tests.
 #define CUDA_HOST_LAUNCH(kernel, grid, block, shared_bytes, ...) \
-    cuda_host::launch_typed(#kernel, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
+    cuda_host::launch_typed(false, #kernel, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
+#define CUDA_HOST_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, ...) \
+    cuda_host::launch_typed(true, #kernel, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
 
 #define threadIdx (cuda_host::self().thread)
 #define blockIdx (cuda_host::indices().block_index)
@@ -236,6 +246,7 @@ inline Value shuffle_value(Shuffle kind, uint32_t mask, Value value, int argumen
 constexpr int warpSize = 32;
 
 inline void __syncthreads(CUDA_HOST_SITE) { cuda_host::barrier(site); }
+inline void __nanosleep(unsigned, CUDA_HOST_SITE) { cuda_host::nanosleep(site); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_HOST_SITE) { cuda_host::sync_warp(mask, site); }
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_HOST_SITE) {
     return cuda_host::ballot(mask, predicate != 0, site);
@@ -262,8 +273,14 @@ inline Value __shfl_xor_sync(unsigned mask, Value value, int lanes, int width = 
     return cuda_host::shuffle_value(cuda_host::Shuffle::Xor, mask, value, lanes, width, site);
 }
 
-// The emulator runs the threads of a block one at a time, so that a fence only has to hold back the compiler.
-inline void __threadfence() { asm volatile("" ::: "memory"); }
+// The emulator runs the threads of a block one at a time; only between blocks does a fence do more than hold back the compiler.
+inline void __threadfence() {
+#if defined(__SANITIZE_THREAD__)
+    asm volatile("" ::: "memory");
+#else
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
 inline void __threadfence_block() { asm volatile("" ::: "memory"); }
 
 template <class Value> inline Value __ldg(const Value* address) { return *address; }

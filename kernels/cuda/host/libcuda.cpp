@@ -53,6 +53,7 @@ enum Result : int {
     HostMemoryAlreadyRegistered = 712,
     HostMemoryNotRegistered = 713,
     LaunchFailed = 719,
+    CooperativeLaunchTooLarge = 720,
     NotSupported = 801,
     CaptureUnsupported = 900,
     CaptureInvalidated = 901,
@@ -88,6 +89,7 @@ static const ErrorText error_texts[] = {
     {HostMemoryNotRegistered, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
      "pointer does not correspond to a registered memory region"},
     {LaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {CooperativeLaunchTooLarge, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE", "too many blocks in cooperative launch"},
     {NotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {CaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {CaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
@@ -151,6 +153,7 @@ struct Work {
     const Function* function = nullptr;
     dim3 grid, block;
     unsigned shared_bytes = 0;
+    bool cooperative = false;
     std::vector<unsigned char> arguments;
     // Copy, Fill, Free
     void *to = nullptr, *from = nullptr;
@@ -449,7 +452,8 @@ static void store_arguments(Work& work, void** parameters) {
 
 static Result run_kernel(const Work& work) {
     std::vector<void*> pointers = argument_pointers(work);
-    cuda_host::launch(*work.function->kernel, work.grid, work.block, work.shared_bytes, pointers.data());
+    cuda_host::launch(*work.function->kernel, work.grid, work.block, work.shared_bytes, pointers.data(),
+                      work.cooperative);
     // Names the kernel where that does not cost more than to run it; else the end of the allocation has to do.
     const auto& all = driver().allocations;
     if (all.size() <= 64)
@@ -690,6 +694,9 @@ API(cuDeviceTotalMem_v2, size_t* bytes, int device) {
 }
 
 static constexpr int shared_opt_in = 163 << 10;
+// As many blocks at once as the emulator runs.
+static constexpr int multiprocessors = cuda_host::cooperative_limit > 1 ? 2 : 1;
+static constexpr int most_blocks = (int)cuda_host::cooperative_limit / multiprocessors;
 
 static int attribute_value(int attribute) {
     const Settings& settings = driver().settings;
@@ -707,7 +714,7 @@ static int attribute_value(int attribute) {
         case 12: return 65536;                // registers a block
         case 13: return 1300000;              // clock, kHz
         case 15: return 1;                    // copies beside kernels
-        case 16: return 16;                   // multiprocessors
+        case 16: return multiprocessors;
         case 18: return settings.integrated;  // shares memory with the host
         case 19: return settings.integrated;  // can map host memory
         case 31: return 1;                    // kernels side by side
@@ -726,7 +733,8 @@ static int attribute_value(int attribute) {
         case 91: return settings.integrated;   // host pointers of registered memory
         case 97: return shared_opt_in;         // shared memory a block, on request
         case 99: return 1;                     // registering host memory
-        case 106: return 16;                   // blocks a multiprocessor
+        case 95: return 1;                     // cooperative launches
+        case 106: return most_blocks;          // a multiprocessor
         case 111: return 1 << 10;              // shared memory that the driver takes a block
         case 113: return settings.integrated;  // registering host memory read-only
         case 115: return 1;                    // memory pools
@@ -1055,7 +1063,7 @@ static int blocks_a_multiprocessor(int threads, size_t shared_bytes) {
     if (threads < 1 || threads > 1024) return 0;
     const int by_threads = 1536 / ((threads + 31) / 32 * 32);
     const int by_shared = (int)((164u << 10) / (shared_bytes + 1024));
-    return std::min({by_threads, by_shared, 16});
+    return std::min({by_threads, by_shared, most_blocks});
 }
 
 API(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int* blocks, void* function, int threads, size_t shared_bytes,
@@ -1094,6 +1102,19 @@ API(cuLaunchKernel, void* function, unsigned grid_x, unsigned grid_y, unsigned g
     Work work(Work::Kernel);
     TRY(make_launch(work, function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared_bytes,
                     parameters, extra));
+    return submit(stream, std::move(work));
+}
+
+API(cuLaunchCooperativeKernel, void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+    unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters) {
+    BEGIN(Current);
+    Work work(Work::Kernel);
+    TRY(make_launch(work, function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared_bytes,
+                    parameters, nullptr));
+    const uint64_t blocks = (uint64_t)grid_x * grid_y * grid_z;
+    const int most = multiprocessors * blocks_a_multiprocessor((int)(block_x * block_y * block_z), shared_bytes);
+    REQUIRE(blocks <= (uint64_t)most, CooperativeLaunchTooLarge);
+    work.cooperative = true;
     return submit(stream, std::move(work));
 }
 

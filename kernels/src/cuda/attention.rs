@@ -57,7 +57,7 @@ impl Shape {
 /// A block for each query of each head of each sequence.
 fn grid(shape: &AttentionShape) -> Grid {
     let blocks = [shape.queries, shape.heads, shape.batch];
-    Grid { blocks, threads: 128, shared: shape.head_dim * size_of::<f32>() }
+    Grid { shared: shape.head_dim * size_of::<f32>(), ..Grid::blocks(blocks, 128) }
 }
 
 /// The grid of cuda/flash.cu for this shape, where its kernels do this.
@@ -100,8 +100,7 @@ pub(super) fn cache_attention(
 ) -> Result<()> {
     const OP: &str = "cache_attention";
     let AttentionShape { queries, heads, key_heads, head_dim, .. } = shape;
-    let fits = heads / key_heads <= GROUP && head_dim <= WIDEST && head_dim.is_multiple_of(4);
-    if queries == 1 && fits && !device.exact && cache.kind != CacheType::F32 {
+    if queries == 1 && is_decoded(heads / key_heads, head_dim) && !device.exact && cache.kind != CacheType::F32 {
         return decode(device, q, cache, shape, out);
     }
     let strides = Strides { batches: 0, heads: (cache.capacity * head_dim) as i64, keys: head_dim as i64 };
@@ -131,6 +130,21 @@ pub(super) fn cache_attention(
     }
 }
 
+/// Whether cuda/decode.cuh has room for a group of heads of a width.
+pub(super) fn is_decoded(group: usize, head_dim: usize) -> bool {
+    group <= GROUP && head_dim <= WIDEST && head_dim.is_multiple_of(4)
+}
+
+/// Addresses of what blocks leave for the last of them, for heads that attend to a cache, and of counters.
+pub(super) fn parts(device: &CudaDevice, cache: &CudaCache, heads: usize) -> Result<[u64; 2]> {
+    let mut parts = device.inner.parts.lock().unwrap_or_else(PoisonError::into_inner);
+    let Parts { partial, counters } = &mut *parts;
+    // As large as a full cache needs, so that it does not grow with every position.
+    let most = cache.capacity.div_ceil(CHUNK);
+    let partial = address(grown(device, partial, Some(most * heads * (cache.head_dim + 2)))?, 0);
+    Ok([partial, address(grown(device, counters, Some(cache.key_heads))?, 0)])
+}
+
 /// One query: every key and value is read once.
 fn decode(
     device: &CudaDevice,
@@ -142,12 +156,7 @@ fn decode(
     const OP: &str = "cache_attention";
     let AttentionShape { keys, heads, key_heads, head_dim, scale, .. } = shape;
     let chunks = keys.div_ceil(CHUNK);
-    let mut parts = device.inner.parts.lock().unwrap_or_else(PoisonError::into_inner);
-    let Parts { partial, counters } = &mut *parts;
-    // As large as a full cache needs, so that it does not grow with every position.
-    let most = cache.capacity.div_ceil(CHUNK).max(chunks);
-    let partial = address(grown(device, partial, Some(most * heads * (head_dim + 2)))?, 0);
-    let counters = address(grown(device, counters, Some(key_heads))?, 0);
+    let [partial, counters] = parts(device, cache, heads)?;
     let shape = Decode {
         keys: device.small(OP, "keys", keys)?,
         group: device.small(OP, "heads", heads / key_heads)?,

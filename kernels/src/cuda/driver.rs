@@ -107,7 +107,7 @@ const NEEDED: &str = "12.0";
 const NEEDED_NUMBER: i32 = 12_000;
 
 /// Every function of the driver that is called, by `cudarc` or by us.
-const FUNCTIONS: [&str; 28] = [
+const FUNCTIONS: [&str; 30] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -135,6 +135,8 @@ const FUNCTIONS: [&str; 28] = [
     "cuModuleUnload",
     "cuModuleGetFunction",
     "cuLaunchKernel",
+    "cuLaunchCooperativeKernel",
+    "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags",
     "cuGetErrorString",
 ];
 

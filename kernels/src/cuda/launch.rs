@@ -36,6 +36,7 @@ kernels! {
     cache: cache_write_f32 cache_write_f16 cache_write_i8 rope_write_f32 rope_write_f16 rope_write_i8;
     convolution: unfold depthwise3x3 bilinear;
     decode: decode_f16 decode_i8;
+    decoder: decoder_layer_i4 decoder_layer_i8;
     elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
     flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     float: float_matvec_1 float_matvec_8 float_matmul;
@@ -58,17 +59,19 @@ pub(super) struct Grid {
     pub(super) threads: u32,
     /// Bytes of dynamic shared memory.
     pub(super) shared: usize,
+    /// The blocks are on the GPU all at once, and can wait for each other.
+    pub(super) cooperative: bool,
 }
 
 impl Grid {
     /// A thread for each of `count` things, of one kernel's 256.
     pub(super) fn each(count: usize) -> Self {
-        Grid { blocks: [count.div_ceil(256), 1, 1], threads: 256, shared: 0 }
+        Self::blocks([count.div_ceil(256), 1, 1], 256)
     }
 
     /// `blocks` blocks.
     pub(super) fn blocks(blocks: [usize; 3], threads: u32) -> Self {
-        Grid { blocks, threads, shared: 0 }
+        Grid { blocks, threads, shared: 0, cooperative: false }
     }
 }
 
@@ -108,16 +111,15 @@ pub(super) unsafe fn launch<const N: usize>(
     let mut pointers = arguments.map(|argument| argument.0);
     let [x, y, z] = grid.blocks.map(|blocks| blocks as u32);
     gpu.context.bind_to_thread().map_err(failed(op, 0))?;
+    let (function, stream) = (function.cu_function(), gpu.stream.cu_stream());
+    let (blocks, threads, shared) = ((x, y, z), (grid.threads, 1, 1), grid.shared as u32);
+    use cudarc::driver::result::{launch_cooperative_kernel, launch_kernel};
     // SAFETY: the caller vouches for the arguments; function and stream belong to the context that is current.
-    unsafe {
-        cudarc::driver::result::launch_kernel(
-            function.cu_function(),
-            (x, y, z),
-            (grid.threads, 1, 1),
-            grid.shared as u32,
-            gpu.stream.cu_stream(),
-            &mut pointers,
-        )
-    }
-    .map_err(failed(op, 0))
+    let launched = unsafe {
+        match grid.cooperative {
+            true => launch_cooperative_kernel(function, blocks, threads, shared, stream, &mut pointers),
+            false => launch_kernel(function, blocks, threads, shared, stream, &mut pointers),
+        }
+    };
+    launched.map_err(failed(op, 0))
 }

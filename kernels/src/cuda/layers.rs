@@ -13,7 +13,7 @@ const OP: &str = "linear";
 /// Layers of one launch.
 pub(super) const LAYERS: usize = 3;
 /// Activations that share a scale.
-const BLOCK: usize = 128;
+pub(super) const BLOCK: usize = 128;
 /// Up to this many rows, weights are read once each, by warps of their own.
 pub(super) const FEW_ROWS: usize = 8;
 /// Outputs of a warp and warps of a block of cuda/matvec.cu and cuda/float.cu.
@@ -66,7 +66,7 @@ struct LayerArgument {
 /// `Layers` of cuda/layers.cuh.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-struct Layers {
+pub(super) struct Layers {
     layer: [LayerArgument; LAYERS],
     count: i32,
     gated: i32,
@@ -139,9 +139,9 @@ pub(super) fn gated(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: [L
     compute(device, x, rows, &layers, true)
 }
 
-fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], gated: bool) -> Result<()> {
-    let Some(&Layer { stored, outputs, .. }) = layers.first() else { return Ok(()) };
-    let mut argument = Layers { gated: i32::from(gated), ..Layers::default() };
+/// The layers as kernels take them, and how many warps (for few rows) or blocks they are shared out to. `gated`: see [`gated`].
+pub(super) fn arranged(device: &CudaDevice, rows: usize, layers: &[Layer], gated: bool) -> Result<(Layers, usize)> {
+    let mut argument = Layers { gated: i32::from(gated), count: layers.len() as i32, ..Layers::default() };
     let mut tasks = 0;
     for (layer, argument) in layers.iter().zip(&mut argument.layer) {
         let own = layer.outputs.div_ceil(if rows <= FEW_ROWS { OUTPUTS } else { TILE });
@@ -149,12 +149,17 @@ fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], g
         argument.tasks = device.small(OP, "outputs", own)?;
         tasks += own;
     }
-    argument.count = layers.len() as i32;
-    if gated {
+    if let (true, Some(first)) = (gated, layers.first()) {
         // A warp takes an output of both.
-        (tasks, argument.count) = (outputs, 1);
-        argument.layer[0].tasks = device.small(OP, "outputs", outputs)?;
+        (tasks, argument.count) = (first.outputs, 1);
+        argument.layer[0].tasks = device.small(OP, "outputs", tasks)?;
     }
+    Ok((argument, tasks))
+}
+
+fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], gated: bool) -> Result<()> {
+    let Some(&Layer { stored, .. }) = layers.first() else { return Ok(()) };
+    let (argument, tasks) = arranged(device, rows, layers, gated)?;
     let grid = if rows <= FEW_ROWS {
         Grid::blocks([if rows == 0 { 0 } else { tasks.div_ceil(WARPS) }, 1, 1], 32 * WARPS as u32)
     } else {

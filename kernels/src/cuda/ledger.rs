@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layers::{FEW_ROWS, LAYERS};
-use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::device::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
+};
 use crate::tensor::{DType, HostTensor};
 
 /// A board's figures, dense (without sparsity), from its maker's data sheets.
@@ -95,11 +97,13 @@ pub struct Assumptions {
     pub arithmetic: f64,
     /// Seconds from one launch to the next: a kernel that does nothing takes as long.
     pub launch_s: f64,
+    /// Seconds that the blocks of a launch take to meet.
+    pub meeting_s: f64,
 }
 
 impl Default for Assumptions {
     fn default() -> Self {
-        Assumptions { bandwidth: 0.8, arithmetic: 0.4, launch_s: 4e-6 }
+        Assumptions { bandwidth: 0.8, arithmetic: 0.4, launch_s: 4e-6, meeting_s: 1.5e-6 }
     }
 }
 
@@ -204,11 +208,23 @@ impl LedgerDevice {
 
     /// Books a launch.
     fn launch(&self, kernel: &'static str, bytes: f64, byte_operations: f64, float_operations: f64) {
-        let Assumptions { bandwidth, arithmetic, launch_s } = self.assumptions;
+        self.launch_with_meetings(kernel, bytes, byte_operations, float_operations, 0);
+    }
+
+    /// Books a launch whose blocks wait for each other so often.
+    fn launch_with_meetings(
+        &self,
+        kernel: &'static str,
+        bytes: f64,
+        byte_operations: f64,
+        float_operations: f64,
+        meetings: u32,
+    ) {
+        let Assumptions { bandwidth, arithmetic, launch_s, meeting_s } = self.assumptions;
         let read = bytes / (self.board.bandwidth_gb_s * 1e9 * bandwidth);
         let computed = byte_operations / (self.board.bytes_tops * 1e12 * arithmetic)
             + float_operations / (self.board.f32_tflops * 1e12 * arithmetic);
-        let seconds = read.max(computed).max(launch_s);
+        let seconds = (read.max(computed) + f64::from(meetings) * meeting_s).max(launch_s);
         let entry = Entry { launches: 1, bytes, byte_operations, float_operations, seconds };
         self.books().0.entry(kernel).or_default().add(&entry);
     }
@@ -489,6 +505,31 @@ impl Device for LedgerDevice {
         let bytes = cache.0.position_bytes(1, shape.head_dim) as f64;
         self.attend("cache_attention", &shape, bytes, cache.0 != CacheType::F32);
         Ok(())
+    }
+
+    fn decoder_layer(
+        &self,
+        layer: &DecoderLayer<'_, LedgerWeight>,
+        _: DecoderBuffers<'_, LedgerBuffer>,
+        cache: &mut LedgerCache,
+        position: usize,
+    ) -> Result<bool> {
+        let weights = layer.projections.map(|(weight, _)| weight);
+        let weights: Vec<&LedgerWeight> =
+            weights.into_iter().chain([layer.output, layer.gate, layer.up, layer.down]).collect();
+        let dtype = layer.output.0.dtype();
+        if !dtype.is_scaled() || weights.iter().any(|weight| weight.0.dtype() != dtype) || cache.0 != CacheType::I8 {
+            return Ok(false);
+        }
+        let stored: f64 = weights.iter().map(|weight| weight.bytes()).sum();
+        let elements: f64 = weights.iter().map(|weight| weight.0.elements() as f64).sum();
+        let cached = (position + 1) as f64 * (cache.1 * cache.0.position_bytes(1, layer.head_dim)) as f64;
+        // What each step leaves to the next is small, and stays in the GPU's cache.
+        let steps = F32 * 2.0 * weights.iter().map(|weight| weight.outputs() as f64).sum::<f64>();
+        let attended = 4.0 * ((position + 1) * layer.heads[0] * layer.head_dim) as f64;
+        let kernel = if dtype == DType::I4 { "decoder_layer_i4" } else { "decoder_layer_i8" };
+        self.launch_with_meetings(kernel, stored + cached + steps, 2.0 * elements, attended, 4);
+        Ok(true)
     }
 
     fn unfold(&self, _: &LedgerBuffer, unfold: Unfold, _: &mut LedgerBuffer) -> Result<()> {

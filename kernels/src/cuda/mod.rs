@@ -27,6 +27,7 @@ macro_rules! arguments {
 mod attention;
 mod cache;
 mod compile;
+mod decoder;
 mod driver;
 pub mod images;
 mod launch;
@@ -46,7 +47,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
-use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold, rope_frequencies};
+use crate::device::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold, rope_frequencies,
+};
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
@@ -71,6 +74,7 @@ struct Inner {
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
     parts: Mutex<attention::Parts>,
+    decoder: Mutex<decoder::Meeting>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -143,8 +147,14 @@ impl CudaDevice {
 
     fn with_gpu(gpu: Gpu, image: &launch::Images<'_>) -> std::result::Result<Self, CudaError> {
         let kernels = Kernels::load(&gpu, image)?;
-        let inner =
-            Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default(), parts: Mutex::default() };
+        let inner = Inner {
+            gpu,
+            kernels,
+            frequencies: Mutex::default(),
+            scratch: Mutex::default(),
+            parts: Mutex::default(),
+            decoder: Mutex::default(),
+        };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
 
@@ -693,6 +703,16 @@ impl Device for CudaDevice {
             format!("{batch} sequences of {key_heads} key heads {head_dim} wide are not what the cache holds")
         })?;
         attention::cache_attention(self, q, cache, shape, out)
+    }
+
+    fn decoder_layer(
+        &self,
+        layer: &DecoderLayer<'_, CudaWeight>,
+        buffers: DecoderBuffers<'_, CudaBuffer>,
+        cache: &mut CudaCache,
+        position: usize,
+    ) -> Result<bool> {
+        decoder::layer(self, layer, buffers, cache, position)
     }
 
     fn unfold(&self, x: &CudaBuffer, unfold: Unfold, out: &mut CudaBuffer) -> Result<()> {

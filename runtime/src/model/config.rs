@@ -210,6 +210,13 @@ pub struct DecoderConfig {
     pub tied: bool,
 }
 
+impl DecoderConfig {
+    /// Factor on q·k.
+    pub fn attention_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
 /// Sizes of a sequence classifier.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use candor_kernels::{Activation, AttentionShape, CacheType, Device, DeviceError, HostTensor};
+use candor_kernels::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, HostTensor,
+};
 
 use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
@@ -45,6 +47,85 @@ impl<D: Device> Layer<D> {
             ("mlp.up_proj", &mut self.up),
             ("mlp.down_proj", &mut self.down),
         ]
+    }
+
+    /// The layer for [`Device::decoder_layer`], where no adapter is beside any projection.
+    fn whole(&self, config: &DecoderConfig) -> Option<DecoderLayer<'_, D::Weight>> {
+        let attending = [&self.query, &self.key, &self.value];
+        if attending.iter().any(|projection| projection.low_rank.is_some()) {
+            return None;
+        }
+        Some(DecoderLayer {
+            attention_norm: &self.attention_norm,
+            projections: attending.map(|projection| {
+                let (weight, bias, _) = projection.linear.with(Activation::Identity);
+                (weight, bias)
+            }),
+            output: self.output.plain()?,
+            mlp_norm: &self.mlp_norm,
+            gate: self.gate.plain()?,
+            up: self.up.plain()?,
+            down: self.down.plain()?,
+            heads: [config.heads, config.key_heads],
+            head_dim: config.head_dim,
+            eps: config.eps,
+            theta: config.theta,
+            scale: config.attention_scale(),
+        })
+    }
+}
+
+/// How the positions of a pass see others.
+pub(super) trait Mix<D: Device> {
+    /// Turns the queries, keys and values of layer `index` into what they attend to.
+    fn mix(&mut self, index: usize, work: &mut Work<D>) -> Result<(), DeviceError>;
+    /// Takes everything through layer `index` at once; false if that was not possible and nothing was done.
+    fn whole_layer(
+        &mut self,
+        index: usize,
+        layer: &DecoderLayer<'_, D::Weight>,
+        work: &mut Work<D>,
+    ) -> Result<bool, DeviceError> {
+        let _ = (index, layer, work);
+        Ok(false)
+    }
+}
+
+impl<D: Device, F: FnMut(usize, &mut Work<D>) -> Result<(), DeviceError>> Mix<D> for F {
+    fn mix(&mut self, index: usize, work: &mut Work<D>) -> Result<(), DeviceError> {
+        self(index, work)
+    }
+}
+
+/// The last positions of one sequence.
+struct Sequence<'a, D: Device> {
+    device: &'a D,
+    caches: &'a mut [D::Cache],
+    shape: AttentionShape,
+    theta: f32,
+}
+
+impl<D: Device> Mix<D> for Sequence<'_, D> {
+    fn mix(&mut self, index: usize, work: &mut Work<D>) -> Result<(), DeviceError> {
+        let (AttentionShape { queries, keys, heads, key_heads, head_dim, .. }, theta) = (self.shape, self.theta);
+        let Work { query, key, value, attended, .. } = work;
+        let (cache, heads) = (&mut self.caches[index], [heads, key_heads]);
+        self.device.rope_and_write(query, key, value, queries, heads, head_dim, cache, keys - queries, theta)?;
+        self.device.cache_attention(query, cache, self.shape, attended)
+    }
+
+    fn whole_layer(
+        &mut self,
+        index: usize,
+        layer: &DecoderLayer<'_, D::Weight>,
+        work: &mut Work<D>,
+    ) -> Result<bool, DeviceError> {
+        if self.shape.queries != 1 {
+            return Ok(false);
+        }
+        let Work { x, query, key, value, attended, gate, .. } = work;
+        let buffers = DecoderBuffers { x, query, key, value, attended, gate };
+        self.device.decoder_layer(layer, buffers, &mut self.caches[index], self.shape.keys - 1)
     }
 }
 
@@ -286,7 +367,7 @@ impl<D: Device> Decoder<D> {
     /// What the last `queries` of `keys` positions see.
     pub(super) fn attention(&self, queries: usize, keys: usize) -> AttentionShape {
         let DecoderConfig { heads, key_heads, head_dim, .. } = self.config;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let scale = self.config.attention_scale();
         AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal: true, scale, rounded: false }
     }
 
@@ -326,22 +407,21 @@ impl<D: Device> Decoder<D> {
     }
 
     /// Runs the first `rows` rows of `work` through every layer; the normed last states are in `work.normed` then.
-    /// `mix(layer, work)` turns a layer's queries, keys and values into what they attend to.
-    pub(super) fn forward(
-        &self,
-        work: &mut Work<D>,
-        rows: usize,
-        mut mix: impl FnMut(usize, &mut Work<D>) -> Result<(), DeviceError>,
-    ) -> Result<(), DeviceError> {
+    pub(super) fn forward(&self, work: &mut Work<D>, rows: usize, mut mix: impl Mix<D>) -> Result<(), DeviceError> {
         let Decoder { device, config, layers, norm, .. } = self;
         let eps = config.eps;
         let identity = Activation::Identity;
         for (index, layer) in layers.iter().enumerate() {
+            if let Some(whole) = layer.whole(config)
+                && mix.whole_layer(index, &whole, work)?
+            {
+                continue;
+            }
             let Work { x, normed, query, key, value, low_rank, .. } = &mut *work;
             device.rms_norm(x, rows, &layer.attention_norm, eps, normed)?;
             let each = [(&layer.query, identity), (&layer.key, identity), (&layer.value, identity)];
             forward_each(device, normed, rows, each, low_rank, [query, key, value])?;
-            mix(index, work)?;
+            mix.mix(index, work)?;
             let Work { x, normed, attended, gate, up, low_rank, .. } = &mut *work;
             layer.output.add(device, attended, rows, low_rank, normed, x)?;
             device.rms_norm(x, rows, &layer.mlp_norm, eps, normed)?;
@@ -610,15 +690,10 @@ impl<D: Device> Session<D> {
     fn forward(&mut self, rows: usize) -> Result<(), DeviceError> {
         let Session { decoder, work, caches, position, states, reading, .. } = self;
         let device = &decoder.device;
-        let DecoderConfig { width, heads, key_heads, head_dim, theta, .. } = decoder.config;
+        let DecoderConfig { width, theta, .. } = decoder.config;
         let first = *position;
         let shape = decoder.attention(rows, first + rows);
-        decoder.forward(work, rows, |layer, work| {
-            let Work { query, key, value, attended, .. } = work;
-            let cache = &mut caches[layer];
-            device.rope_and_write(query, key, value, rows, [heads, key_heads], head_dim, cache, first, theta)?;
-            device.cache_attention(query, cache, shape, attended)
-        })?;
+        decoder.forward(work, rows, Sequence { device, caches, shape, theta })?;
         device.copy(&work.normed, 0, states, first * width, rows * width)?;
         *position += rows;
         reading.positions += rows as u64;

@@ -23,6 +23,7 @@ struct Report {
     assumed_bandwidth_share: f64,
     assumed_arithmetic_share: f64,
     assumed_launch_us: f64,
+    assumed_meeting_us: f64,
     stages: Vec<Stage>,
     /// Published decoding speed of another engine, of a model about as large.
     published_tokens_s: Option<f64>,
@@ -125,6 +126,7 @@ fn predict(arguments: &Bench, board: Board, assumptions: Assumptions) -> Result<
         assumed_bandwidth_share: assumptions.bandwidth,
         assumed_arithmetic_share: assumptions.arithmetic,
         assumed_launch_us: assumptions.launch_s * 1e6,
+        assumed_meeting_us: assumptions.meeting_s * 1e6,
         stages: found,
         published_tokens_s: board.published,
     })
@@ -191,11 +193,12 @@ fn print(report: &Report, arguments: &Bench, board: Board) -> Result<()> {
         ))?;
     }
     say(format_args!(
-        "  assumed: kernels that read come to {:.0} % of {} GB/s, those that compute to {:.0} % of the board's operations, and launches are {:.1} us apart",
+        "  assumed: kernels that read come to {:.0} % of {} GB/s, those that compute to {:.0} % of the board's operations, launches are {:.1} us apart, and the blocks of a launch meet in {:.1} us",
         100.0 * report.assumed_bandwidth_share,
         report.bandwidth_gb_s,
         100.0 * report.assumed_arithmetic_share,
-        report.assumed_launch_us
+        report.assumed_launch_us,
+        report.assumed_meeting_us
     ))?;
     Ok(())
 }
