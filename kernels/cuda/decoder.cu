@@ -27,7 +27,9 @@ struct DecoderLayer {
     float* partial;          // [key heads, chunks, group, head_dim + 2]
     int* counters;           // [key heads], zero before and after
     unsigned* arrived;       // of the grid
-    Turn turn;               // first: this position
+    const float* frequencies; // of rotary positions, [pairs]
+    const int* position;     // as `set_position` left it, so that the launch is the same for every position
+    int heads, key_heads, pairs;
     int capacity, blocks;    // blocks: the most of BLOCK activations that a layer reads
     float scale, eps;
 };
@@ -69,11 +71,11 @@ __device__ __forceinline__ void layers_of(const Activations& activations, const 
 // Puts this position's key and value into the cache, and attends to what is there.
 __device__ __forceinline__ void attend(const DecoderLayer& layer) {
     __shared__ float2 angle[WIDEST / 2]; // sine and cosine
-    const Turn& turn = layer.turn;
-    int pairs = turn.pairs, width = 2 * pairs, group = turn.heads / turn.key_heads, keys = turn.first + 1;
+    int position = *layer.position, keys = position + 1;
+    int pairs = layer.pairs, width = 2 * pairs, group = layer.heads / layer.key_heads;
     int chunks = (keys + CHUNK - 1) / CHUNK;
     for (int i = threadIdx.x; i < pairs; i += THREADS)
-        sine_cosine((float)turn.first * turn.frequencies[i], angle[i].x, angle[i].y);
+        sine_cosine((float)position * layer.frequencies[i], angle[i].x, angle[i].y);
     __syncthreads();
     const float *q = layer.attention.layer[0].out, *k = layer.attention.layer[1].out, *v = layer.attention.layer[2].out;
     Decode shape{keys, group, width, (long long)layer.capacity * width, layer.scale};
@@ -81,13 +83,13 @@ __device__ __forceinline__ void attend(const DecoderLayer& layer) {
         float sine = angle[i % pairs].x, cosine = angle[i % pairs].y;
         return i < pairs ? head[i] * cosine - head[i + pairs] * sine : head[i] * cosine + head[i - pairs] * sine;
     };
-    for (int task = blockIdx.x; task < turn.key_heads * chunks; task += gridDim.x) {
+    for (int task = blockIdx.x; task < layer.key_heads * chunks; task += gridDim.x) {
         int key_head = task / chunks, chunk = task % chunks;
         // Whoever reads this position's key writes it.
         if (chunk == chunks - 1 && threadIdx.x < 32) {
             const float *key = k + key_head * width, *value = v + key_head * width;
             write_bytes(
-                0, key_head, width, turn.first, layer.capacity, 1, layer.mean, layer.keys, layer.key_scales, layer.values,
+                0, key_head, width, position, layer.capacity, 1, layer.mean, layer.keys, layer.key_scales, layer.values,
                 layer.value_scales, [&](int, int i) { return turned(key, i); }, [&](int i) { return value[i]; });
         }
         __syncthreads();
@@ -126,3 +128,9 @@ EXPORT(decoder_layer_i4) // 4992 bytes of dynamic shared memory
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) decoder_layer_i8(DecoderLayer layer) { decoder_layer<8>(layer); }
 EXPORT(decoder_layer_i8) // 4992 bytes of dynamic shared memory
+
+// The position that launches of `decoder_layer` behind this one are for.
+extern "C" __global__ void __launch_bounds__(32) set_position(int* to, int position) {
+    if (threadIdx.x == 0) *to = position;
+}
+EXPORT(set_position)

@@ -8,6 +8,13 @@ extern "C" __global__ void __launch_bounds__(256) activate(float* x, size_t len,
 }
 EXPORT(activate)
 
+// to [len] = from [len]
+extern "C" __global__ void __launch_bounds__(256) copy(const float* from, float* to, size_t len) {
+    size_t i = global_index();
+    if (i < len) to[i] = from[i];
+}
+EXPORT(copy)
+
 // x [len] += y [len]
 extern "C" __global__ void __launch_bounds__(256) add(float* x, const float* y, size_t len) {
     size_t i = global_index();

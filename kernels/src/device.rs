@@ -233,6 +233,8 @@ pub trait Device: Clone + Send + Sync + 'static {
     type Cache: Send + Sync;
     /// A weight ready for use: on the CPU a view of the mapped file, elsewhere an upload.
     type Weight: Clone + Send + Sync;
+    /// What [`Device::replay`] keeps of a run of operations.
+    type Replay: Default + Send;
 
     /// What the device is, for logs: instruction set and threads, or GPU name and driver.
     fn describe(&self) -> String;
@@ -249,6 +251,13 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// host's memory they have read by then, and [`Device::read`] waits by itself.
     fn wait(&self) -> Result<()> {
         Ok(())
+    }
+    /// Runs `operations`, which were the same calls when `replay` was last used but for the numbers and buffers in them. A device may
+    /// put them off until all are known, and begin them all at once: they neither read, write nor wait, nor copy caches
+    /// ([`DeviceError::Argument`]).
+    fn replay(&self, replay: &mut Self::Replay, operations: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _ = replay;
+        operations()
     }
     /// `to[to_offset .. +len] = from[from_offset .. +len]`.
     fn copy(

@@ -11,8 +11,6 @@ pub mod device;
 pub mod scales;
 pub mod tensor;
 
-pub use device::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Unfold,
-};
+pub use device::{Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Unfold};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

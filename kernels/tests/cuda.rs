@@ -6,6 +6,7 @@ mod stand_in;
 mod suite;
 
 use candor_kernels::cpu::CpuDevice;
+use candor_kernels::cuda::{CudaBuffer, CudaDevice};
 use candor_kernels::{Activation, DType, Device, HostTensor, Scales};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -136,6 +137,55 @@ fn decoder_layers_at_once_are_their_steps() {
 #[test]
 fn decoder_layers_that_cannot_be_taken_at_once_are_refused() {
     suite::decoder::others_are_refused(&stand_in::device());
+}
+
+/// Runs that are repeated: with other numbers and buffers, with another number of launches, after an error, and beside what other
+/// threads and runs do.
+#[test]
+fn what_is_replayed_is_what_is_done() {
+    let (device, mut replay) = (stand_in::device(), <CudaDevice as Device>::Replay::default());
+    let mut random = ChaCha8Rng::seed_from_u64(9);
+    let weight = device.weight(&quantised(&mut random, DType::I4, 40, 64, Some(32))).expect("a good tensor");
+    let table =
+        HostTensor::from_f32(&(0..640).map(|i| i as f32).collect::<Vec<_>>(), &[10, 64]).expect("a good tensor");
+    let table = device.weight(&table).expect("a good tensor");
+    let run = |x: &mut CudaBuffer, out: &mut CudaBuffer, id: u32, twice: bool| {
+        device.embed(&table, &[id], x, 0)?;
+        device.linear(x, 1, &weight, None, Activation::Gelu, out)?;
+        if twice { device.linear(x, 1, &weight, None, Activation::Identity, out) } else { Ok(()) }
+    };
+    let buffers = || [64, 40].map(|len| device.allocate(len).expect("memory"));
+    let [mut x, mut expected] = buffers();
+    let [mut a, mut b] = [buffers(), buffers()];
+    for (turn, (id, twice)) in
+        [(1, false), (1, false), (7, false), (2, true), (3, true), (3, false)].into_iter().enumerate()
+    {
+        let [x_of_run, out] = if turn % 3 == 2 { &mut b } else { &mut a };
+        run(&mut x, &mut expected, id, twice).expect("good sizes");
+        device.replay(&mut replay, || run(x_of_run, out, id, twice)).expect("it can be replayed");
+        assert_eq!(read(&device, out, 40), read(&device, &expected, 40), "turn {turn}");
+    }
+    let [x_of_run, out] = &mut a;
+    let before = read(&device, out, 40);
+    let refused = device.replay(&mut replay, || {
+        run(x_of_run, out, 4, false)?;
+        device.wait()
+    });
+    assert!(refused.expect_err("it waits").to_string().contains("cannot be a part of what is replayed"));
+    let wrong = device.replay(&mut replay, || run(x_of_run, out, 10, false));
+    assert!(wrong.expect_err("there is no such row").to_string().contains("id 10"));
+    // Of the runs that failed nothing was done, and the next is whole.
+    assert_eq!(read(&device, out, 40), before);
+    let other = std::thread::scope(|scope| {
+        device
+            .replay(&mut replay, || {
+                run(x_of_run, out, 5, false)?;
+                scope.spawn(|| run(&mut x, &mut expected, 5, false)).join().expect("no panic")
+            })
+            .map(|()| read(&device, out, 40))
+    });
+    assert_eq!(other.expect("good sizes"), read(&device, &expected, 40));
+    device.replay(&mut replay, || Ok(())).expect("nothing is little");
 }
 
 #[test]

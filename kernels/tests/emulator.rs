@@ -76,7 +76,7 @@ fn text(output: &Output) -> String {
 }
 
 /// What every build finds: bugs that make a wrong result in each order, and bugs that the emulator itself sees.
-const ALWAYS: [(&str, &str); 18] = [
+const ALWAYS: [(&str, &str); 19] = [
     ("missing-barrier", "WRONG: reduce"),
     ("missing-second-barrier", "WRONG: rotate"),
     ("missing-tile-barrier", "WRONG: attention"),
@@ -91,6 +91,7 @@ const ALWAYS: [(&str, &str); 18] = [
     ("outside-mask", "lane 0 shuffles from lane 16, which is not in the mask 0000ffff"),
     ("mask-mismatch", "with different masks (mask mismatch)"),
     ("missing-lane", "deadlock: lanes of its mask never come"),
+    ("not-cooperative", "deadlock: waits for another block, and none is running (is the launch cooperative?)"),
     ("dynamic-overrun", "access to byte 384 of dynamic shared memory, of which the launch has 384"),
     ("dynamic-underrun", "wrote to byte -4 of dynamic shared memory, of which the launch has 384"),
     ("misaligned-copy", "cp_async16, source: the address"),

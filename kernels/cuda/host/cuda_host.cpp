@@ -194,7 +194,8 @@ struct Block {
     void** arguments;
     unsigned threads, warps, ready_warps, at_barrier, left;
     const struct Grid* grid;
-    unsigned naps;  // in a row, of threads that wait for other blocks
+    unsigned naps;  // since the last barrier, of threads that wait for other blocks
+    bool alone;     // no other block runs
     Order::Kind order;
     uint64_t random;
     void* main_stack_pointer;
@@ -385,7 +386,7 @@ static UNSEEN void release_barrier(Block& block) {
         for (uint32_t lanes = warp.exists; lanes; lanes &= lanes - 1) warp.lanes[__builtin_ctz(lanes)].state = Runnable;
         make_ready(block, warp, warp.exists);
     }
-    block.at_barrier = 0;
+    block.at_barrier = block.naps = 0;
     block.barriers++;
 }
 
@@ -488,9 +489,13 @@ UNSEEN void nanosleep(Site site) {
         switch_to(me, next);
         return;
     }
+    // Others may have done what is waited for, and ended.
+    const bool alone = block.grid->running.load() == 1;
+    if (alone != block.alone) block.naps = 0;
+    block.alone = alone;
     sched_yield();
     block.naps++;
-    if (block.naps > many_naps && block.grid->running.load() == 1)
+    if (alone && block.naps > many_naps)
         fail(site, "deadlock: waits for another block, and none is running (is the launch cooperative?)");
     if (block.naps > endless_naps) fail(site, "deadlock: waits for another block, which does not come");
 }

@@ -1402,6 +1402,38 @@ static Result set_kernel(Work& work, const KernelNodeParameters* p) {
                        dim3(p->block_x, p->block_y, p->block_z), p->shared_bytes, p->parameters, p->extra);
 }
 
+API(cuGraphCreate, void** handle, unsigned flags) {
+    BEGIN(Current);
+    REQUIRE(handle && flags == 0, InvalidValue);
+    *handle = new Graph();
+    return Success;
+}
+
+// Only chains: each node behind the one before it.
+API(cuGraphAddKernelNode_v2, void** node, void* handle, void* const* dependencies, size_t count,
+    const KernelNodeParameters* p) {
+    BEGIN(Current);
+    Graph* graph = static_cast<Graph*>(handle);
+    REQUIRE(node && graph, InvalidValue);
+    const bool chained = graph->handles.empty() ? count == 0 : count == 1 && dependencies[0] == graph->handles.back();
+    REQUIRE(chained && graph->handles.size() == graph->works.size(), NotSupported);
+    Work work(Work::Kernel);
+    TRY(set_kernel(work, p));
+    graph->works.push_back(std::move(work));
+    graph->handles.push_back(new Node{graph, graph->handles.size(), {}});
+    *node = graph->handles.back();
+    return Success;
+}
+
+API(cuGraphKernelNodeSetAttribute, void* handle, int attribute, const void* value) {
+    BEGIN(Current);
+    Node* node = static_cast<Node*>(handle);
+    REQUIRE(node && value, InvalidValue);
+    REQUIRE(attribute == 2, NotSupported);  // cooperative
+    node->graph->works[node->index].cooperative = *static_cast<const int*>(value) != 0;
+    return Success;
+}
+
 API(cuGraphKernelNodeGetParams_v2, void* handle, KernelNodeParameters* p) {
     BEGIN(Current);
     Node* node = static_cast<Node*>(handle);

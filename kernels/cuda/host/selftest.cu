@@ -6,7 +6,7 @@
 //     selftest speed           times the emulator's operations
 //
 // kernels/tests/emulator.rs builds it plain and with the sanitizers and says which bug each build must find.
-#include "ptx.cuh"
+#include "common.cuh"
 
 // ---- Kernels. `Bug` is the one that is planted, `Clean` for none.
 
@@ -299,6 +299,18 @@ template <Bug bug> __global__ void masks(int* out) {
     if (bug == MissingLane && i != 5) value = __shfl_xor_sync(0xffffffffu, value, 4);
     __syncthreads();
     out[i] = value;
+}
+
+// Each block takes what the one before it left, and meets all others in between, twice.
+__global__ void hand_on(unsigned* arrived, int* slots) {
+    for (int round = 0; round < 2; round++) {
+        if (threadIdx.x == 0) slots[blockIdx.x] += (int)blockIdx.x + 1;
+        grid_barrier(arrived);
+        const int own = slots[(blockIdx.x + 1) % gridDim.x];
+        grid_barrier(arrived);
+        if (threadIdx.x == blockDim.x - 1) slots[blockIdx.x] = own;
+        grid_barrier(arrived);
+    }
 }
 
 __device__ __attribute__((noinline)) static int dig(volatile int* out, int depth) {
@@ -667,7 +679,23 @@ static void check_small_functions() {
     check(cuda_host::find_kernel("fill_numbers") && !cuda_host::find_kernel("fill"), "kernels by name");
 }
 
+static void check_cooperative() {
+    const int blocks = std::min(7u, cuda_host::cooperative_limit);
+    unsigned arrived = 0;
+    std::vector<int> slots(blocks), expected(blocks);
+    CUDA_HOST_LAUNCH_COOPERATIVE(hand_on, dim3(blocks), dim3(40), 0, &arrived, slots.data());
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < blocks; i++) expected[i] += i + 1;
+        std::rotate(expected.begin(), expected.begin() + 1, expected.end());
+    }
+    if (slots != expected || arrived != 0) {
+        printf("WRONG: hand_on\n");
+        failures++;
+    }
+}
+
 static void check_all() {
+    check_cooperative();
     check_reduce<Clean>();
     check_reduce<Clean>(77, 64);
     check_rotate<Clean>();
@@ -690,7 +718,7 @@ static void check_all() {
 
 template <Bug bug> static void run_on_integers(const char* name, void (*kernel)(int*), int threads) {
     std::vector<int> out(threads);
-    cuda_host::launch_typed(name, kernel, dim3(2), dim3(threads), 0, out.data());
+    cuda_host::launch_typed(false, name, kernel, dim3(2), dim3(threads), 0, out.data());
 }
 
 struct Planted {
@@ -713,6 +741,12 @@ static const Planted planted[] = {
     {"outside-mask", [] { run_on_integers<OutsideMask>("masks", masks<OutsideMask>, 32); }},
     {"mask-mismatch", [] { run_on_integers<MaskMismatch>("masks", masks<MaskMismatch>, 32); }},
     {"missing-lane", [] { run_on_integers<MissingLane>("masks", masks<MissingLane>, 32); }},
+    {"not-cooperative",
+     [] {
+         unsigned arrived = 0;
+         int slots[2] = {};
+         CUDA_HOST_LAUNCH(hand_on, dim3(2), dim3(40), 0, &arrived, slots + 0);
+     }},
     {"dynamic-overrun", [] { check_rotate<DynamicOverrun>(); }},
     {"dynamic-underrun", [] { check_rotate<DynamicUnderrun>(); }},
     {"static-overrun", [] { check_reduce<StaticOverrun>(); }},
@@ -752,7 +786,7 @@ static void time_one(const char* what, void (*kernel)(float*, int), unsigned blo
     double best = 1e9;
     for (int repeat = 0; repeat < 3; repeat++) {
         const auto begin = std::chrono::steady_clock::now();
-        cuda_host::launch_typed(what, kernel, dim3(blocks), dim3(128), 0, out.data(), n);
+        cuda_host::launch_typed(false, what, kernel, dim3(blocks), dim3(128), 0, out.data(), n);
         best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
     printf("%-36s %7.1f ns\n", what, best * 1e9 / (blocks * 128.0 * operations));

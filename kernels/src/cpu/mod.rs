@@ -116,6 +116,7 @@ fn bias_of<'a>(op: &'static str, bias: Option<&'a CpuWeight>, outputs: usize) ->
 impl Device for CpuDevice {
     type Buffer = CpuBuffer;
     type Weight = CpuWeight;
+    type Replay = ();
     type Cache = CpuCache;
 
     fn describe(&self) -> String {

@@ -186,6 +186,7 @@ impl Device for PlanDevice {
     type Buffer = PlanBuffer;
     type Cache = PlanBuffer;
     type Weight = PlanWeight;
+    type Replay = ();
 
     fn describe(&self) -> String {
         format!("{}, on paper", self.cpu.describe())

@@ -33,7 +33,7 @@ arguments! {
     /// `Strides` of cuda/attention.cuh.
     Strides { batches: i64, heads: i64, keys: i64 }
     /// `Decode` of cuda/decode.cu.
-    Decode { keys: i32, group: i32, head_dim: i32, head_stride: i64, scale: f32 }
+    Decode { keys: i32, group: i32, head_dim: i32, gap: i32, head_stride: i64, scale: f32, end: i32 }
 }
 
 impl Shape {
@@ -163,6 +163,8 @@ fn decode(
         head_dim: head_dim as i32,
         head_stride: (cache.capacity * head_dim) as i64,
         scale,
+        gap: 0,
+        end: 0,
     };
     let grid = Grid::blocks([chunks, key_heads, 1], CHUNK as u32);
     let (q, out, [k, v]) = (address(&q.data, 0), address(&out.data, 0), cache.elements());

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use super::launch::{Argument, Grid, launch};
 use super::layers::{self, BLOCK, FEW_ROWS, Layer, Layers, grown};
 use super::weight::WeightArgument;
-use super::{CudaBuffer, CudaCache, CudaDevice, CudaWeight, Turn, address, attention};
+use super::{CudaBuffer, CudaCache, CudaDevice, CudaWeight, address, attention, replay};
 use crate::check;
 use crate::device::{Activation, CacheType, DecoderBuffers, DecoderLayer, DeviceError, Result};
 use crate::tensor::DType;
@@ -23,36 +23,41 @@ const MOST_SHARED: usize = 32 << 10;
 #[derive(Debug, Default)]
 pub(super) struct Meeting {
     arrived: Option<CudaSlice<u32>>,
+    /// The position that launches take, on the GPU, and what it is if that is known here.
+    position: Option<CudaSlice<i32>>,
+    known: Option<usize>,
     /// By type of weights and bytes of dynamic shared memory.
     blocks: HashMap<(DType, usize), usize>,
 }
 
-/// `DecoderLayer` of cuda/decoder.cu.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct LayerArgument {
-    attention: Layers,
-    output: Layers,
-    gated: Layers,
-    down: Layers,
-    norms: [WeightArgument; 2],
-    x: u64,
-    attended: u64,
-    elements: [u64; 2],
-    scales: [u64; 2],
-    mean: u64,
-    partial: u64,
-    counters: u64,
-    arrived: u64,
-    turn: Turn,
-    capacity: i32,
-    blocks: i32,
-    scale: f32,
-    eps: f32,
+arguments! {
+    /// `DecoderLayer` of cuda/decoder.cu.
+    LayerArgument {
+        attention: Layers,
+        output: Layers,
+        gated: Layers,
+        down: Layers,
+        norms: [WeightArgument; 2],
+        x: u64,
+        attended: u64,
+        elements: [u64; 2],
+        scales: [u64; 2],
+        mean: u64,
+        partial: u64,
+        counters: u64,
+        arrived: u64,
+        frequencies: u64,
+        position: u64,
+        heads: i32,
+        key_heads: i32,
+        pairs: i32,
+        capacity: i32,
+        blocks: i32,
+        scale: f32,
+        eps: f32,
+        end: i32,
+    }
 }
-
-// SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
-unsafe impl DeviceRepr for LayerArgument {}
 
 /// The type of all seven weights, if cuda/decoder.cu is for this layer and cache.
 fn type_of(layer: &DecoderLayer<'_, CudaWeight>, cache: &CudaCache) -> Option<DType> {
@@ -83,7 +88,9 @@ pub(super) fn layer(
     let argument = argument(device, layer, buffers, cache, position, blocks)?;
     let mut meeting = device.inner.decoder.lock().unwrap_or_else(PoisonError::into_inner);
     let count = blocks_at_once(device, &mut meeting, dtype, shared)?;
-    let argument = LayerArgument { arrived: address(grown(device, &mut meeting.arrived, Some(1))?, 0), ..argument };
+    let arrived = address(grown(device, &mut meeting.arrived, Some(1))?, 0);
+    let at = set_position(device, &mut meeting, position)?;
+    let argument = LayerArgument { arrived, position: at, ..argument };
     let grid = Grid { shared, cooperative: true, ..Grid::blocks([count, 1, 1], THREADS) };
     match dtype {
         DType::I4 => run!(device, OP, decoder_layer_i4, grid, argument)?,
@@ -92,7 +99,7 @@ pub(super) fn layer(
     Ok(true)
 }
 
-/// What the kernel takes, with sizes checked, but for where the blocks meet.
+/// What the kernel takes, with sizes checked, but for what [`Meeting`] holds.
 fn argument(
     device: &CudaDevice,
     layer: &DecoderLayer<'_, CudaWeight>,
@@ -149,18 +156,32 @@ fn argument(
         partial,
         counters,
         arrived: 0,
-        turn: Turn {
-            heads: device.small(OP, "heads", heads)?,
-            key_heads: device.small(OP, "key heads", key_heads)?,
-            pairs: device.small(OP, "pairs", layer.head_dim / 2)?,
-            first: position as i32,
-            frequencies: address(&frequencies, 0),
-        },
+        frequencies: address(&frequencies, 0),
+        position: 0,
+        heads: device.small(OP, "heads", heads)?,
+        key_heads: device.small(OP, "key heads", key_heads)?,
+        pairs: device.small(OP, "pairs", layer.head_dim / 2)?,
         capacity: device.small(OP, "positions", cache.capacity)?,
         blocks: device.small(OP, "blocks", blocks)?,
         scale: layer.scale,
         eps: layer.eps,
+        end: 0,
     })
+}
+
+/// Where the position stands on the GPU, which becomes `position` if it is not that already.
+fn set_position(device: &CudaDevice, meeting: &mut Meeting, position: usize) -> Result<u64> {
+    let to = address(grown(device, &mut meeting.position, Some(1))?, 0);
+    let gpu = &device.inner.gpu;
+    // A run that is replayed sets it itself, and what it is meanwhile on the GPU is another matter.
+    let set = replay::position(gpu, |set| set.replace(position)).unwrap_or_else(|| meeting.known.replace(position));
+    if replay::is_recording(gpu) {
+        meeting.known = None;
+    }
+    if set != Some(position) {
+        run!(device, OP, set_position, Grid::blocks([1, 1, 1], 32), to, position as i32)?;
+    }
+    Ok(to)
 }
 
 /// Blocks that the GPU holds at once, and that are enough.

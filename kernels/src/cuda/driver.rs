@@ -107,7 +107,7 @@ const NEEDED: &str = "12.0";
 const NEEDED_NUMBER: i32 = 12_000;
 
 /// Every function of the driver that is called, by `cudarc` or by us.
-const FUNCTIONS: [&str; 30] = [
+const FUNCTIONS: [&str; 38] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -137,6 +137,14 @@ const FUNCTIONS: [&str; 30] = [
     "cuLaunchKernel",
     "cuLaunchCooperativeKernel",
     "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags",
+    "cuGraphCreate",
+    "cuGraphAddKernelNode_v2",
+    "cuGraphKernelNodeSetAttribute",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphExecKernelNodeSetParams_v2",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
     "cuGetErrorString",
 ];
 

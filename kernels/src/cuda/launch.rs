@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::driver::{CudaError, Gpu, failed};
+use super::replay;
 use crate::device::{DeviceError, Result};
 
 /// Names the kernels of each file of cuda/.
@@ -36,8 +37,8 @@ kernels! {
     cache: cache_write_f32 cache_write_f16 cache_write_i8 rope_write_f32 rope_write_f16 rope_write_i8;
     convolution: unfold depthwise3x3 bilinear;
     decode: decode_f16 decode_i8;
-    decoder: decoder_layer_i4 decoder_layer_i8;
-    elementwise: activate add multiply add_positions embed weighted_sum mean_rows scale_groups;
+    decoder: decoder_layer_i4 decoder_layer_i8 set_position;
+    elementwise: activate copy add multiply add_positions embed weighted_sum mean_rows scale_groups;
     flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     float: float_matvec_1 float_matvec_8 float_matmul;
     linear: linear;
@@ -53,7 +54,7 @@ kernels! {
 pub(super) type Images<'a> = dyn Fn(&str) -> std::result::Result<Vec<u8>, CudaError> + 'a;
 
 /// Blocks and threads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grid {
     pub(super) blocks: [usize; 3],
     pub(super) threads: u32,
@@ -76,15 +77,20 @@ impl Grid {
 }
 
 /// A value that a kernel takes as it lies in memory.
-pub(super) struct Argument<'a>(*mut c_void, std::marker::PhantomData<&'a ()>);
+pub(super) struct Argument<'a> {
+    pub(super) value: *mut c_void,
+    pub(super) bytes: usize,
+    lives: std::marker::PhantomData<&'a ()>,
+}
 
 impl<'a> Argument<'a> {
     pub(super) fn new<T: DeviceRepr>(value: &'a T) -> Self {
-        Argument(std::ptr::from_ref(value).cast_mut().cast(), std::marker::PhantomData)
+        let bytes = size_of::<T>();
+        Argument { value: std::ptr::from_ref(value).cast_mut().cast(), bytes, lives: std::marker::PhantomData }
     }
 }
 
-/// Launches `function`; a grid without blocks is no work.
+/// Launches `function`, or records that for a replay; a grid without blocks is no work.
 ///
 /// # Safety
 ///
@@ -108,7 +114,11 @@ pub(super) unsafe fn launch<const N: usize>(
             reason: format!("{:?} blocks are more than a GPU takes", grid.blocks),
         });
     }
-    let mut pointers = arguments.map(|argument| argument.0);
+    // SAFETY: the arguments are those of the kernel.
+    if unsafe { replay::record(gpu, function, grid, &arguments) } {
+        return Ok(());
+    }
+    let mut pointers = arguments.map(|argument| argument.value);
     let [x, y, z] = grid.blocks.map(|blocks| blocks as u32);
     gpu.context.bind_to_thread().map_err(failed(op, 0))?;
     let (function, stream) = (function.cu_function(), gpu.stream.cu_stream());

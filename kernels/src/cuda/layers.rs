@@ -74,6 +74,8 @@ pub(super) struct Layers {
 
 // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
 unsafe impl DeviceRepr for Layers {}
+// No bytes between fields, as in `arguments!`.
+const _: () = assert!(size_of::<Layers>() == LAYERS * (2 * size_of::<WeightArgument>() + 8 + 4 * 4) + 2 * 4);
 
 impl Layer {
     /// `out` has as many elements as rows times outputs, `bias` none or as many as outputs.

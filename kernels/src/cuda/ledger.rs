@@ -280,6 +280,7 @@ impl Device for LedgerDevice {
     type Buffer = LedgerBuffer;
     type Cache = LedgerCache;
     type Weight = LedgerWeight;
+    type Replay = ();
 
     fn describe(&self) -> String {
         format!("{}, on paper", self.board.title)

@@ -21,6 +21,8 @@ macro_rules! arguments {
         struct $name { $($field: $kind),* }
         // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
         unsafe impl DeviceRepr for $name {}
+        // All bytes are read where launches are compared (replay.rs): there are none between fields.
+        const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$kind>())*);
     )*};
 }
 
@@ -33,6 +35,7 @@ pub mod images;
 mod launch;
 mod layers;
 pub mod ledger;
+mod replay;
 mod roof;
 mod self_test;
 mod weight;
@@ -40,6 +43,7 @@ mod weight;
 pub use cache::CudaCache;
 pub use compile::CompileError;
 pub use driver::{CudaError, Found};
+pub use replay::CudaReplay;
 pub use weight::CudaWeight;
 
 use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
@@ -48,7 +52,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
 use crate::device::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold, rope_frequencies,
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
+    rope_frequencies,
 };
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
@@ -253,6 +258,11 @@ impl Device for CudaDevice {
     type Buffer = CudaBuffer;
     type Weight = CudaWeight;
     type Cache = CudaCache;
+    type Replay = CudaReplay;
+
+    fn replay(&self, replay: &mut CudaReplay, operations: impl FnOnce() -> Result<()>) -> Result<()> {
+        replay::replay(&self.inner.gpu, replay, operations)
+    }
 
     fn describe(&self) -> String {
         let Gpu { name, capability: (major, minor), driver, integrated, .. } = &self.inner.gpu;
@@ -271,6 +281,7 @@ impl Device for CudaDevice {
 
     fn write(&self, data: &[f32], to: &mut CudaBuffer, offset: usize) -> Result<()> {
         let end = check::range("write", "to", to.len, offset, data.len())?;
+        replay::refuse(&self.inner.gpu, "write")?;
         if data.is_empty() {
             return Ok(());
         }
@@ -283,6 +294,7 @@ impl Device for CudaDevice {
 
     fn read(&self, from: &CudaBuffer, offset: usize, out: &mut [f32]) -> Result<()> {
         let end = check::range("read", "from", from.len, offset, out.len())?;
+        replay::refuse(&self.inner.gpu, "read")?;
         if out.is_empty() {
             return Ok(());
         }
@@ -292,6 +304,7 @@ impl Device for CudaDevice {
     }
 
     fn wait(&self) -> Result<()> {
+        replay::refuse(&self.inner.gpu, "wait")?;
         self.inner.gpu.stream.synchronize().map_err(failed("wait", 0))
     }
 
@@ -303,13 +316,9 @@ impl Device for CudaDevice {
         to_offset: usize,
         len: usize,
     ) -> Result<()> {
-        let from_end = check::range("copy", "from", from.len, from_offset, len)?;
-        let to_end = check::range("copy", "to", to.len, to_offset, len)?;
-        if len == 0 {
-            return Ok(());
-        }
-        let mut to = to.data.slice_mut(to_offset..to_end);
-        self.inner.gpu.stream.memcpy_dtod(&from.data.slice(from_offset..from_end), &mut to).map_err(failed("copy", 0))
+        check::range("copy", "from", from.len, from_offset, len)?;
+        check::range("copy", "to", to.len, to_offset, len)?;
+        run!(self, "copy", copy, Grid::each(len), address(&from.data, from_offset), address(&to.data, to_offset), len)
     }
 
     fn weight(&self, tensor: &HostTensor) -> Result<CudaWeight> {
@@ -666,6 +675,7 @@ impl Device for CudaDevice {
         check::argument(OP, fits, || {
             format!("{positions} positions do not fit, or the caches are not of one type, heads and width")
         })?;
+        replay::refuse(&self.inner.gpu, OP)?;
         let (heads, of_from, of_to) = (from.key_heads, from.capacity, to.capacity);
         for part in from.parts(to) {
             let (len, of_from, of_to) = if part.whole { (1, 1, 1) } else { (positions, of_from, of_to) };

@@ -106,7 +106,7 @@ impl<'a> Decoder<'_, 'a> {
             "nanosleep" => {
                 self.one_type(&[Type::U32])?;
                 self.source(Type::U32)?;
-                Ok(Op::Fence)
+                Ok(Op::Sleep)
             }
             "bra" => self.branch(),
             "brx" => self.branch_indexed(),

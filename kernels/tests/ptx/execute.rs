@@ -1,5 +1,6 @@
 //! Runs the threads of a block. Each runs on its own until it reaches an instruction that others must reach too; such
-//! an instruction is executed when all of them are there.
+//! an instruction is executed when all of them are there. A thread that sleeps goes on when no other can, those of other
+//! blocks included.
 
 use super::arithmetic::binary;
 use super::fault::Fault;
@@ -43,27 +44,48 @@ impl<'m, 'a> Block<'m, 'a> {
         Self { machine, threads }
     }
 
-    /// Runs every thread to its end and returns how many instructions that took.
-    pub(super) fn run(mut self) -> std::result::Result<u64, Stopped> {
-        match self.run_all() {
-            Ok(()) => Ok(self.threads.iter().map(|thread| thread.steps).sum()),
-            Err((number, fault)) => {
-                let thread = &self.threads[number];
-                Err(Stopped { thread: thread.index, function: thread.function(), at: thread.at, fault })
-            }
-        }
+    /// The same threads later, and what they share.
+    pub(super) fn resume(machine: &'m mut Machine<'a>, threads: Vec<Thread>) -> Self {
+        Self { machine, threads }
     }
 
-    fn run_all(&mut self) -> Result<()> {
+    /// Runs the threads as far as they can go. True: all have exited; else some sleep.
+    pub(super) fn run(&mut self) -> std::result::Result<bool, Stopped> {
+        for thread in self.threads.iter_mut().filter(|thread| thread.state == State::Asleep) {
+            thread.state = State::Ready;
+        }
+        self.run_all().map_err(|(number, fault)| self.stopped(number, fault))
+    }
+
+    /// The threads, to be resumed.
+    pub(super) fn pause(self) -> Vec<Thread> {
+        self.threads
+    }
+
+    /// A thread that sleeps for ever.
+    pub(super) fn asleep(&self) -> Stopped {
+        let number = self.threads.iter().position(|thread| thread.state == State::Asleep).unwrap_or(0);
+        self.stopped(number, Fault::Asleep)
+    }
+
+    fn stopped(&self, number: usize, fault: Fault) -> Stopped {
+        let thread = &self.threads[number];
+        Stopped { thread: thread.index, function: thread.function(), at: thread.at, fault }
+    }
+
+    fn run_all(&mut self) -> Result<bool> {
         while self.threads.iter().any(|thread| thread.state != State::Exited) {
             for start in (0..self.threads.len()).step_by(32) {
                 self.run_warp(start)?;
             }
             if !self.barrier()? {
-                return Err(self.stuck());
+                return match self.threads.iter().any(|thread| thread.state == State::Asleep) {
+                    true => Ok(false),
+                    false => Err(self.stuck()),
+                };
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Runs a warp until all its lanes have exited or wait for other warps.

@@ -35,6 +35,8 @@ pub enum Fault {
     BranchIndex { index: u64, targets: usize },
     /// A trap or a failed assertion.
     Trap,
+    /// A thread sleeps until something comes to pass that nobody brings about.
+    Asleep,
     /// A thread executed more instructions than the limit.
     EndlessLoop { limit: u64 },
 }
@@ -73,6 +75,7 @@ impl fmt::Display for Fault {
             Self::DivisionByZero => f.write_str("an integer is divided by zero"),
             Self::BranchIndex { index, targets } => write!(f, "branch {index} of {targets}"),
             Self::Trap => f.write_str("trap, or a failed assertion"),
+            Self::Asleep => f.write_str("it waits for what another block does not do (is the launch cooperative?)"),
             Self::EndlessLoop { limit } => write!(f, "more than {limit} instructions: an endless loop?"),
         }
     }

@@ -544,6 +544,8 @@ pub(super) enum Op {
     AsyncWait {
         pending: Option<usize>,
     },
+    /// Others go first.
+    Sleep,
     /// A fence or a hint: nothing to do where one thread runs at a time and memory is in order.
     Fence,
     Branch {

@@ -171,7 +171,7 @@ enum State {
 }
 
 /// Shared or local memory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Scratch {
     space: Space,
     bytes: Vec<u8>,
@@ -202,15 +202,6 @@ impl Scratch {
     #[inline]
     pub(super) fn holds(&self, address: u64, len: usize) -> bool {
         (address as usize).checked_add(len).is_some_and(|end| end <= self.bytes.len())
-    }
-
-    /// Forgets what was written.
-    pub(super) fn forget(&mut self) {
-        for state in &mut self.states {
-            if *state != State::Outside {
-                *state = State::Unwritten;
-            }
-        }
     }
 
     #[inline]

@@ -39,10 +39,12 @@ use memory::Scratch;
 use parse::Parsed;
 use race::Races;
 use std::sync::atomic::{AtomicU64, Ordering};
-use thread::Machine;
+use thread::{Machine, Thread};
 
 /// Instructions that a thread may execute, unless [`Module::limit`] says otherwise.
 const LIMIT: u64 = 50_000_000;
+/// How often a thread may sleep before it is taken to wait for ever.
+const MOST_NAPS: u32 = 10_000;
 /// Bytes between variables in shared memory, which belong to none.
 const SHARED_GAP: usize = 64;
 
@@ -76,6 +78,20 @@ impl Arg {
 pub struct Statistics {
     /// Instructions of all threads.
     pub instructions: u64,
+}
+
+/// A block that is not running.
+struct Resting {
+    /// None before it begins.
+    threads: Option<Vec<Thread>>,
+    shared: Scratch,
+    races: Option<Races>,
+}
+
+impl Default for Resting {
+    fn default() -> Self {
+        Self { threads: None, shared: Scratch::new(Space::Shared), races: None }
+    }
 }
 
 /// A parsed PTX text.
@@ -124,6 +140,31 @@ impl Module {
         dynamic_shared: usize,
         arguments: &[Arg],
     ) -> Result<Statistics, Error> {
+        self.run(memory, kernel, [blocks, threads], dynamic_shared, arguments, false)
+    }
+
+    /// Runs a kernel over blocks that are there all at once and can wait for each other.
+    pub fn launch_cooperative(
+        &self,
+        memory: &mut Memory,
+        kernel: &str,
+        blocks: [u32; 3],
+        threads: [u32; 3],
+        dynamic_shared: usize,
+        arguments: &[Arg],
+    ) -> Result<Statistics, Error> {
+        self.run(memory, kernel, [blocks, threads], dynamic_shared, arguments, true)
+    }
+
+    fn run(
+        &self,
+        memory: &mut Memory,
+        kernel: &str,
+        [blocks, threads]: [[u32; 3]; 2],
+        dynamic_shared: usize,
+        arguments: &[Arg],
+        cooperative: bool,
+    ) -> Result<Statistics, Error> {
         let named = |function: &Function| function.entry && function.defined && function.name == kernel;
         let index = self.parsed.functions.iter().position(named).ok_or_else(|| Error::NoKernel(kernel.to_owned()))?;
         let function = &self.parsed.functions[index];
@@ -131,14 +172,19 @@ impl Module {
         let arguments = pack(function, arguments)?;
         let variables = self.parsed.globals.iter().map(|variable| (variable.bytes.as_slice(), variable.constant));
         let global_addresses = memory.module(self.number, variables);
-        let (mut shared, shared_addresses) = self.shared(index, dynamic_shared);
-        let mut races = self.races.then(Races::default);
-        let mut statistics = Statistics::default();
-        for number in 0..blocks.iter().product() {
+        let (shared, shared_addresses) = self.shared(index, dynamic_shared);
+        let of_block = || Resting { threads: None, shared: shared.clone(), races: self.races.then(Races::default) };
+        let places = (0..blocks.iter().product()).map(|number| {
             let block = [number % blocks[0], number / blocks[0] % blocks[1], number / blocks[0] / blocks[1]];
+            Place { blocks, block, threads, dynamic_shared: dynamic_shared as u32 }
+        });
+        let mut statistics = Statistics::default();
+        // Runs a block as far as it goes; true at its end.
+        let mut go_on = |place: Place, resting: &mut Resting, last: bool| -> Result<bool, Error> {
+            let Resting { shared, races, threads } = std::mem::take(resting);
             let mut machine = Machine {
                 functions: &self.parsed.functions,
-                memory,
+                memory: &mut *memory,
                 shared,
                 races,
                 arguments: &arguments,
@@ -146,12 +192,45 @@ impl Module {
                 global_addresses: &global_addresses,
                 limit: self.limit,
             };
-            let place = Place { blocks, block, threads, dynamic_shared: dynamic_shared as u32 };
-            let run = Block::new(&mut machine, index, place).run();
-            statistics.instructions += run.map_err(|stopped| self.located(kernel, block, stopped))?;
-            (shared, races) = (machine.shared, machine.races);
-            shared.forget();
-            races.iter_mut().for_each(Races::block_barrier);
+            let mut block = match threads {
+                None => Block::new(&mut machine, index, place),
+                Some(threads) => Block::resume(&mut machine, threads),
+            };
+            let ran = match block.run() {
+                Ok(false) if last => Err(block.asleep()),
+                ran => ran,
+            };
+            let threads = block.pause();
+            let finished = ran.map_err(|stopped| self.located(kernel, place.block, stopped))?;
+            if finished {
+                statistics.instructions += threads.iter().map(|thread| thread.steps).sum::<u64>();
+            }
+            *resting = Resting { threads: Some(threads), shared: machine.shared, races: machine.races };
+            Ok(finished)
+        };
+        if !cooperative {
+            for place in places {
+                let mut resting = of_block();
+                for nap in 0.. {
+                    if go_on(place, &mut resting, nap == MOST_NAPS)? {
+                        break;
+                    }
+                }
+            }
+            return Ok(statistics);
+        }
+        let mut present: Vec<(Place, Resting)> = places.map(|place| (place, of_block())).collect();
+        let mut rounds = 0;
+        while !present.is_empty() {
+            let before = present.len();
+            let mut left = Vec::with_capacity(before);
+            for (place, mut resting) in present {
+                if !go_on(place, &mut resting, rounds == MOST_NAPS)? {
+                    left.push((place, resting));
+                }
+            }
+            rounds += 1;
+            present = left;
         }
         Ok(statistics)
     }

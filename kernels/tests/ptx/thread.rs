@@ -48,6 +48,8 @@ pub(super) enum State {
     Ready,
     /// At an instruction that others must reach too.
     Waiting,
+    /// Until all others have gone as far as they can.
+    Asleep,
     Exited,
 }
 
@@ -175,7 +177,7 @@ impl Thread {
 
     // ---- Execution
 
-    /// Executes until the thread exits or reaches an instruction that others must reach too.
+    /// Executes until the thread exits, sleeps, or reaches an instruction that others must reach too.
     pub(super) fn run(&mut self, machine: &mut Machine<'_>) -> Result<(), Fault> {
         let functions = machine.functions;
         'frame: loop {
@@ -206,6 +208,11 @@ impl Thread {
                     }
                     Op::Collective(_) => {
                         self.state = State::Waiting;
+                        return Ok(());
+                    }
+                    Op::Sleep => {
+                        self.at += 1;
+                        self.state = State::Asleep;
                         return Ok(());
                     }
                     Op::Call(call) => {

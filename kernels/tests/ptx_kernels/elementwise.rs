@@ -64,6 +64,9 @@ pub(crate) fn sums_and_products(machine: &mut Machine) {
     let (x_at, y_at) = (machine.floats(&x), machine.floats(&y));
     machine.run(["elementwise", "add"], Grid::each(len, 256), arguments![x_at, y_at, Size(len)]);
     machine.check("add", x_at, &both(|x, y| x + y), 1e-7);
+    let to = machine.output(4 * len);
+    machine.run(["elementwise", "copy"], Grid::each(len, 256), arguments![y_at, to, Size(len)]);
+    machine.check("copy", to, &crate::machine::wide(&y), 0.0);
     let x_at = machine.floats(&x);
     machine.run(["elementwise", "multiply"], Grid::each(len, 256), arguments![x_at, y_at, Size(len)]);
     machine.check("multiply", x_at, &both(|x, y| x * y), 1e-7);

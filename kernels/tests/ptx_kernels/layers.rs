@@ -5,16 +5,16 @@ use crate::machine::{Fields, Grid, Int, Machine, Size, arguments, wide};
 use crate::weight::{self, GROUPS, TYPES, Type, Weight};
 
 /// Activations that share a scale.
-const BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 128;
 /// Outputs of a warp, warps of a block, and rows and outputs of a tile.
 const OUTPUTS: usize = 2;
-const WARPS: usize = 4;
+pub(crate) const WARPS: usize = 4;
 const TILE: usize = 64;
 /// Up to this many rows, warps take outputs of their own.
 const FEW_ROWS: usize = 8;
 
 /// A linear layer of cuda/layers.cuh.
-struct Layer {
+pub(crate) struct Layer {
     weight: Weight,
     bias: Option<Weight>,
     kind: usize,
@@ -22,21 +22,21 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(weight: Weight) -> Self {
+    pub(crate) fn new(weight: Weight) -> Self {
         Layer { weight, bias: None, kind: 0, add: false }
     }
 
-    fn bias(mut self, bias: Weight) -> Self {
+    pub(crate) fn bias(mut self, bias: Weight) -> Self {
         self.bias = Some(bias);
         self
     }
 
-    fn activation(mut self, kind: usize) -> Self {
+    pub(crate) fn activation(mut self, kind: usize) -> Self {
         self.kind = kind;
         self
     }
 
-    fn added(mut self) -> Self {
+    pub(crate) fn added(mut self) -> Self {
         self.add = true;
         self
     }
@@ -71,21 +71,31 @@ struct Launch {
 }
 
 fn launch(machine: &mut Machine, layers: &[Layer], rows: usize, gated: bool) -> Launch {
-    let (mut all, mut total, mut outs) = (Fields::default(), 0, Vec::new());
+    let mut outs = Vec::new();
     for layer in layers {
-        let per_task = if rows > FEW_ROWS { TILE } else { OUTPUTS };
-        let tasks = if gated { layer.weight.rows } else { layer.weight.rows.div_ceil(per_task) };
         let before = machine.numbers(rows * layer.weight.rows);
         let out = if layer.add { machine.floats(&before) } else { machine.output(4 * before.len()) };
-        all = all.then(&layer.argument(out, tasks));
-        total += tasks;
         outs.push((out, before));
+    }
+    let with_outs: Vec<(&Layer, u64)> = layers.iter().zip(&outs).map(|(layer, (out, _))| (layer, *out)).collect();
+    let (layers, tasks) = arranged(&with_outs, rows, gated);
+    Launch { layers, tasks, outs }
+}
+
+/// `Layers` of cuda/layers.cuh for layers and their outputs, and how many tasks they are.
+pub(crate) fn arranged(layers: &[(&Layer, u64)], rows: usize, gated: bool) -> (Fields, usize) {
+    let (mut all, mut total) = (Fields::default(), 0);
+    for (layer, out) in layers {
+        let per_task = if rows > FEW_ROWS { TILE } else { OUTPUTS };
+        let tasks = if gated { layer.weight.rows } else { layer.weight.rows.div_ceil(per_task) };
+        all = all.then(&layer.argument(*out, tasks));
+        total += tasks;
     }
     // What is behind the last layer is not looked at.
     let nothing = Fields::default().then(&weight::none()).then(&weight::none()).word(0).ints(&[0; 4]);
     all = (layers.len()..3).fold(all, |all, _| all.then(&nothing));
-    let (count, tasks) = if gated { (1, layers[0].weight.rows) } else { (layers.len(), total) };
-    Launch { layers: all.ints(&[count, usize::from(gated)]), tasks, outs }
+    let (count, tasks) = if gated { (1, layers[0].0.weight.rows) } else { (layers.len(), total) };
+    (all.ints(&[count, usize::from(gated)]), tasks)
 }
 
 fn grid(tasks: usize, rows: usize) -> [usize; 3] {

@@ -2,7 +2,7 @@
 
 use crate::nvrtc::Nvrtc;
 use crate::plan::{Sources, compilers};
-use crate::ptx::{Arg, Memory, Module};
+use crate::ptx::{Arg, Error, Memory, Module, Statistics};
 use half::f16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -45,6 +45,7 @@ fn compile(sources: &Sources, family: &str, architecture: u32) -> Result<Module,
 }
 
 /// Blocks, threads of a block, and bytes of dynamic shared memory.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid(pub(crate) [usize; 3], pub(crate) usize, pub(crate) usize);
 
 impl Grid {
@@ -53,6 +54,9 @@ impl Grid {
         Grid([count.div_ceil(threads), 1, 1], threads, 0)
     }
 }
+
+/// [`Module::launch`] or [`Module::launch_cooperative`].
+type Launch = fn(&Module, &mut Memory, &str, [u32; 3], [u32; 3], usize, &[Arg]) -> Result<Statistics, Error>;
 
 /// Memory, random numbers, and what was launched.
 pub(crate) struct Machine {
@@ -116,7 +120,18 @@ impl Machine {
     }
 
     #[track_caller]
-    pub(crate) fn run(&mut self, [family, kernel]: [&str; 2], grid: Grid, arguments: &[Arg]) {
+    pub(crate) fn run(&mut self, kernel: [&str; 2], grid: Grid, arguments: &[Arg]) {
+        self.launch(kernel, grid, arguments, Module::launch);
+    }
+
+    /// As [`Machine::run`], with all blocks at once.
+    #[track_caller]
+    pub(crate) fn run_cooperative(&mut self, kernel: [&str; 2], grid: Grid, arguments: &[Arg]) {
+        self.launch(kernel, grid, arguments, Module::launch_cooperative);
+    }
+
+    #[track_caller]
+    fn launch(&mut self, [family, kernel]: [&str; 2], grid: Grid, arguments: &[Arg], launch: Launch) {
         let Grid(blocks, threads, shared) = grid;
         let original;
         let module = match &self.planted {
@@ -126,7 +141,8 @@ impl Machine {
                 &original
             }
         };
-        let launch = module.launch(
+        let launched = launch(
+            module,
             &mut self.memory,
             kernel,
             blocks.map(|blocks| blocks as u32),
@@ -134,7 +150,7 @@ impl Machine {
             shared,
             arguments,
         );
-        let statistics = launch.unwrap_or_else(|error| panic!("compute_{}: {error}", self.architecture));
+        let statistics = launched.unwrap_or_else(|error| panic!("compute_{}: {error}", self.architecture));
         self.instructions += statistics.instructions;
         self.launched.insert(kernel.to_owned());
     }

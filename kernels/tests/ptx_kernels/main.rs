@@ -13,6 +13,7 @@ mod ptx;
 
 mod attention;
 mod cache;
+mod decoder;
 mod elementwise;
 mod layers;
 mod machine;
@@ -44,8 +45,9 @@ tests! {
     attention::flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     cache::cache_write: cache_write_f32 cache_write_f16 cache_write_i8;
     cache::rope_write: rope_write_f32 rope_write_f16 rope_write_i8;
+    decoder::layer: decoder_layer_i4 decoder_layer_i8 set_position;
     elementwise::activate: activate;
-    elementwise::sums_and_products: add multiply weighted_sum mean_rows scale_groups;
+    elementwise::sums_and_products: copy add multiply weighted_sum mean_rows scale_groups;
     elementwise::tables: add_positions embed;
     layers::quantise: quantise;
     layers::few_rows: quantise matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;
@@ -108,6 +110,16 @@ const IN_OTHERS: &[Planted] = &[
     (attention::flash, "flash", 87, "ldmatrix_x4_trans(both", "ldmatrix_x4(both"),
     (attention::flash, "flash", 87, "        __syncthreads();\n    }\n#pragma", "    }\n#pragma"),
     (attention::flash, "flash", 87, "sums[part][2] *= faded[1]", "sums[part][2] *= faded[0]"),
+    (decoder::layer, "decoder", 87, "    grid_barrier(layer.arrived);\n    attend(layer);", "    attend(layer);"),
+    (decoder::layer, "decoder", 72, "    grid_barrier(layer.arrived);\n    const", "    const"),
+    (decoder::layer, "decoder", 87, "gridDim.x - 1)", "gridDim.x)"),
+    (
+        decoder::layer,
+        "decoder",
+        72,
+        "shape, key_head, chunk, layer.partial, layer.counters, layer.attended);\n        __sync",
+        "shape, key_head, chunk, layer.partial, layer.counters, layer.attended);\n        // __sync",
+    ),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
 ];
 

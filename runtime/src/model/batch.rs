@@ -118,7 +118,7 @@ impl<D: Device> Batch<D> {
         decoder.embed(ids, work, 0)?;
         let device = decoder.device();
         let (query_width, key_width) = (heads * head_dim, key_heads * head_dim);
-        decoder.forward(work, rows, |layer, work| {
+        decoder.forward(work, rows, |layer: usize, work: &mut Work<D>| {
             for (row, &(slot, _)) in tokens.iter().enumerate() {
                 let Slot { position, caches } = &mut slots[slot];
                 let (position, cache) = (*position, &mut caches[layer]);

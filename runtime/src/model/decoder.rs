@@ -480,6 +480,8 @@ pub struct Session<D: Device> {
     held: Held,
     reading: Reading,
     work: Work<D>,
+    /// Passes of one token.
+    replay: D::Replay,
     last: D::Buffer,
     head_out: D::Buffer,
     /// Where only some rows of the output head are computed.
@@ -526,6 +528,7 @@ impl<D: Device> Session<D> {
             held: Held::with_capacity(capacity),
             reading: Reading::default(),
             work: decoder.work(capacity.min(RUN))?,
+            replay: D::Replay::default(),
             last: allocate(&device, &[width])?,
             head_out: allocate(&device, &[vocabulary])?,
             head: None,
@@ -688,17 +691,27 @@ impl<D: Device> Session<D> {
 
     /// Runs the first `rows` rows of `work.x` through every layer, behind what is in the cache.
     fn forward(&mut self, rows: usize) -> Result<(), DeviceError> {
-        let Session { decoder, work, caches, position, states, reading, .. } = self;
-        let device = &decoder.device;
-        let DecoderConfig { width, theta, .. } = decoder.config;
-        let first = *position;
-        let shape = decoder.attention(rows, first + rows);
-        decoder.forward(work, rows, Sequence { device, caches, shape, theta })?;
-        device.copy(&work.normed, 0, states, first * width, rows * width)?;
-        *position += rows;
-        reading.positions += rows as u64;
-        reading.passes += 1;
+        let Session { decoder, work, caches, position, states, .. } = self;
+        pass(decoder, work, caches, states, *position, rows)?;
+        self.advance(rows);
         Ok(())
+    }
+
+    /// Runs one token through every layer, as what the device replays.
+    fn step(&mut self, id: u32) -> Result<(), DeviceError> {
+        let Session { decoder, work, caches, position, states, replay, .. } = self;
+        decoder.device.replay(replay, || {
+            decoder.device.embed(&decoder.embedding, &[id], &mut work.x, 0)?;
+            pass(decoder, work, caches, states, *position, 1)
+        })?;
+        self.advance(1);
+        Ok(())
+    }
+
+    fn advance(&mut self, rows: usize) {
+        self.position += rows;
+        self.reading.positions += rows as u64;
+        self.reading.passes += 1;
     }
 
     /// The output head over the state of the last position.
@@ -711,6 +724,22 @@ impl<D: Device> Session<D> {
         self.decoder.logits(&self.last, 1, &mut self.head_out)?;
         device.read(&self.head_out, 0, &mut self.logits)
     }
+}
+
+/// Runs the first `rows` rows of `work.x` through every layer, behind `first` positions in the caches; their normed last states go to
+/// those rows of `states`.
+fn pass<D: Device>(
+    decoder: &Decoder<D>,
+    work: &mut Work<D>,
+    caches: &mut [D::Cache],
+    states: &mut D::Buffer,
+    first: usize,
+    rows: usize,
+) -> Result<(), DeviceError> {
+    let DecoderConfig { width, theta, .. } = decoder.config;
+    let (device, shape) = (&decoder.device, decoder.attention(rows, first + rows));
+    decoder.forward(work, rows, Sequence { device, caches, shape, theta })?;
+    device.copy(&work.normed, 0, states, first * width, rows * width)
 }
 
 impl<D: Device> LanguageModel for Session<D> {
@@ -739,10 +768,14 @@ impl<D: Device> LanguageModel for Session<D> {
             return Err(DecodeError::Token { id, vocabulary });
         }
         for ids in tokens.chunks(self.run()) {
-            self.decoder.embed(ids, &mut self.work, 0)?;
             self.held.truncate(self.position);
             self.held.push_tokens(ids);
-            self.forward(ids.len())?;
+            if let &[id] = ids {
+                self.step(id)?;
+            } else {
+                self.decoder.embed(ids, &mut self.work, 0)?;
+                self.forward(ids.len())?;
+            }
         }
         self.compute_logits()?;
         Ok(&self.logits)

@@ -101,11 +101,27 @@ impl<D: Device> Encoder<D> {
         batch: usize,
         length: usize,
     ) -> Result<(), ModelError> {
+        self.prepare(device, batch, length)?;
+        Ok(self.run(device, x, batch, length)?)
+    }
+
+    /// Makes the buffers large enough for `batch` sequences of `length` positions.
+    pub(super) fn prepare(&mut self, device: &D, batch: usize, length: usize) -> Result<(), ModelError> {
         let rows = batch.checked_mul(length).ok_or_else(|| ModelError::Overflow(vec![batch, length]))?;
         for buffer in [&mut self.normed, &mut self.query, &mut self.key, &mut self.value, &mut self.attended] {
             grow(device, buffer, &[rows, self.shape.width])?;
         }
-        grow(device, &mut self.inner, &[rows, self.shape.mlp])?;
+        grow(device, &mut self.inner, &[rows, self.shape.mlp])
+    }
+
+    /// [`Encoder::forward`] with the buffers of [`Encoder::prepare`].
+    pub(super) fn run(
+        &mut self,
+        device: &D,
+        x: &mut D::Buffer,
+        batch: usize,
+        length: usize,
+    ) -> Result<(), DeviceError> {
         for i in 0..self.layers.len() {
             match self.shape.order {
                 NormOrder::Before => self.layer_norm_before(device, i, x, batch, length)?,

@@ -35,6 +35,8 @@ pub struct VisionTower<D: Device> {
     host: Vec<f32>,
     pixels: D::Buffer,
     columns: D::Buffer,
+    /// A run's way through the tower.
+    replay: D::Replay,
     /// States of a run, where there are several.
     run: D::Buffer,
     /// States of the frames that differ, where others are their equals.
@@ -69,6 +71,7 @@ impl<D: Device> VisionTower<D> {
             host: Vec::new(),
             pixels: none()?,
             columns: none()?,
+            replay: D::Replay::default(),
             run: none()?,
             distinct: Rows::empty(device)?,
             encoded: 0,
@@ -172,10 +175,14 @@ impl<D: Device> VisionTower<D> {
         grow(device, &mut self.pixels, &[host.len()])?;
         grow(device, &mut self.columns, &[rows, unfold.column()])?;
         device.write(host, &mut self.pixels, 0)?;
-        device.unfold(&self.pixels, unfold, &mut self.columns)?;
-        self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, states)?;
-        device.add_positions(states, rows, &self.positions, 0)?;
-        self.encoder.forward(device, states, frames.len(), patches)
+        self.encoder.prepare(device, frames.len(), patches)?;
+        device.replay(&mut self.replay, || {
+            device.unfold(&self.pixels, unfold, &mut self.columns)?;
+            self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, states)?;
+            device.add_positions(states, rows, &self.positions, 0)?;
+            self.encoder.run(device, states, frames.len(), patches)
+        })?;
+        Ok(())
     }
 
     /// Bytes of host memory that are kept between windows.

@@ -113,6 +113,7 @@ impl Device for Observer {
     type Buffer = CpuBuffer;
     type Cache = CpuCache;
     type Weight = Weight;
+    type Replay = ();
 
     fn describe(&self) -> String {
         self.inner.describe()
