@@ -92,11 +92,11 @@ __device__ __forceinline__ void attend(const DecoderLayer& layer) {
                 0, key_head, width, position, layer.capacity, 1, layer.mean, layer.keys, layer.key_scales, layer.values,
                 layer.value_scales, [&](int, int i) { return turned(key, i); }, [&](int i) { return value[i]; });
         }
+        // It is written, and what the last task left in shared memory was read.
         __syncthreads();
         decode(
             [&](int head, int i) { return turned(q + (key_head * group + head) * width, i); }, layer.keys, layer.values,
             layer.key_scales, layer.value_scales, shape, key_head, chunk, layer.partial, layer.counters, layer.attended);
-        __syncthreads();
     }
 }
 

@@ -2,8 +2,10 @@
 // before that, where `attention` does it. Bound by arithmetic.
 //
 // A block takes 64 queries of a head, a warp 16 of them, and goes over the keys in tiles of 64 that all four warps share: scores,
-// weights by online softmax, and the weighted values, all but the sums in f16 (Dao 2023, "FlashAttention-2"). Weights go from one
-// product to the next in registers: what a lane holds of the first one's result is what it needs as the second one's input.
+// weights by online softmax, and the weighted values (Dao 2023, "FlashAttention-2"). Weights and values are f16, and so are queries
+// and keys, but for a cache of bytes: there queries become bytes too, and scores are sums of integers (Zhang and others 2024,
+// "SageAttention"). Weights go from one product to the next in registers: what a lane holds of the first one's result is what it needs
+// as the second one's input.
 #include "attention.cuh"
 
 constexpr int THREADS = 128;
@@ -35,13 +37,127 @@ __device__ __forceinline__ void load(__half (&tile)[KEYS][WIDTH + PAD], const T*
     }
 }
 
+// Queries of a warp, and their scores with a tile of keys.
+template <int WIDTH, typename T>
+struct Scores {
+    static constexpr int STEPS = WIDTH / 16;
+    struct Tile {
+        __align__(16) __half keys[KEYS][WIDTH + PAD];
+    };
+    uint32_t query[STEPS][4];
+
+    // Tiles have as many keys as a block has queries. The barriers around are the caller's.
+    __device__ __forceinline__ void put_queries(Tile& tile, const float* q, long long stride, int rows, int width, float scale) {
+        load<WIDTH>(tile.keys, q, stride, rows, width, nullptr, scale);
+    }
+    __device__ __forceinline__ void take_queries(const Tile& tile) {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+            ldmatrix_x4(query[step], &tile.keys[16 * warp + lane % 16][16 * step + lane / 16 * 8]);
+    }
+    __device__ __forceinline__ void put_keys(Tile& tile, const T* k, long long stride, int rows, int width, const float*) {
+        load<WIDTH>(tile.keys, k, stride, rows, width, nullptr, 1.0f);
+    }
+    __device__ __forceinline__ void of(const Tile& tile, float (&scores)[KEYS / 8][4]) const {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (int part = 0; part < KEYS / 8; part += 2) {
+                uint32_t both[4];
+                ldmatrix_x4(both, &tile.keys[8 * part + lane / 16 * 8 + lane % 8][16 * step + lane / 8 % 2 * 8]);
+                uint32_t low[2] = {both[0], both[1]}, high[2] = {both[2], both[3]};
+                mma_f16(scores[part], query[step], low);
+                mma_f16(scores[part + 1], query[step], high);
+            }
+        }
+    }
+};
+
+template <int WIDTH>
+struct Scores<WIDTH, signed char> {
+    static constexpr int STEPS = WIDTH / 32;
+    struct Tile {
+        __align__(16) signed char codes[KEYS][WIDTH + 16];
+        float scales[KEYS];
+    };
+    uint32_t query[STEPS][4];
+    float factor[2]; // of this lane's two rows
+
+    // A warp rounds its queries one after the other: largest magnitude / 127, to nearest, as the CPU does.
+    __device__ __forceinline__ void put_queries(Tile& tile, const float* q, long long stride, int rows, int width, float scale) {
+        int lane = threadIdx.x % 32;
+        for (int row = threadIdx.x / 32; row < KEYS; row += THREADS / 32) {
+            float largest = 0.0f, values[WIDTH / 32];
+#pragma unroll
+            for (int i = 0; i < WIDTH / 32; i++) {
+                int at = lane + 32 * i;
+                values[i] = row < rows && at < width ? q[row * stride + at] : 0.0f;
+                largest = fmaxf(largest, fabsf(values[i]));
+            }
+            largest = warp_max(largest);
+            float to_codes = largest > 1e-30f ? 127.0f / largest : 0.0f;
+#pragma unroll
+            for (int i = 0; i < WIDTH / 32; i++)
+                tile.codes[row][lane + 32 * i] = (signed char)__float2int_rn(values[i] * to_codes);
+            if (lane == 0) tile.scales[row] = largest / 127.0f * scale;
+        }
+    }
+    __device__ __forceinline__ void take_queries(const Tile& tile) {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+            ldmatrix_x4(query[step], &tile.codes[16 * warp + lane % 16][32 * step + lane / 16 * 16]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) factor[i] = tile.scales[16 * warp + lane / 4 + 8 * i];
+    }
+    __device__ __forceinline__ void put_keys(Tile& tile, const signed char* k, long long stride, int rows, int width,
+                                             const float* scales) {
+        bool words = width % 4 == 0;
+        for (int i = threadIdx.x; i < KEYS * WIDTH / 4; i += THREADS) {
+            int row = i / (WIDTH / 4), at = i % (WIDTH / 4) * 4;
+            const signed char* from = k + row * stride + at;
+            uint32_t four = 0;
+            if (row < rows && words && at < width) four = *(const uint32_t*)from;
+            if (row < rows && !words) {
+                for (int j = 0; j < 4; j++)
+                    if (at + j < width) four |= (uint32_t)(unsigned char)from[j] << (8 * j);
+            }
+            *(uint32_t*)&tile.codes[row][at] = four;
+        }
+        if (threadIdx.x < KEYS) tile.scales[threadIdx.x] = (int)threadIdx.x < rows ? scales[threadIdx.x] : 0.0f;
+    }
+    __device__ __forceinline__ void of(const Tile& tile, float (&scores)[KEYS / 8][4]) const {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int part = 0; part < KEYS / 8; part += 2) {
+            int low[4] = {}, high[4] = {};
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                uint32_t both[4];
+                ldmatrix_x4(both, &tile.codes[8 * part + lane / 16 * 8 + lane % 8][32 * step + lane / 8 % 2 * 16]);
+                uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
+                mma_s8(low, query[step], first);
+                mma_s8(high, query[step], second);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = 8 * part + lane % 4 * 2 + i % 2;
+                scores[part][i] = (float)low[i] * (factor[i / 2] * tile.scales[column]);
+                scores[part + 1][i] = (float)high[i] * (factor[i / 2] * tile.scales[column + 8]);
+            }
+        }
+    }
+};
+
 // q and out [batch, queries, heads, head_dim]; the scales, where there are any, [key heads, strides.heads / head_dim].
 template <int WIDTH, typename T>
 __device__ __forceinline__ void flash(const float* q, const T* k, const T* v, const float* k_scales, const float* v_scales,
                                       const Shape& shape, const Strides& strides, float* out) {
-    __shared__ __align__(16) __half keys[KEYS][WIDTH + PAD];
+    __shared__ typename Scores<WIDTH, T>::Tile keys;
     __shared__ __align__(16) __half values[KEYS][WIDTH + PAD];
-    constexpr int STEPS = WIDTH / 16, PARTS = WIDTH / 8;
+    constexpr int PARTS = WIDTH / 8;
     int width = shape.head_dim, head = blockIdx.y, key_head = head / (shape.heads / shape.key_heads);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
     long long row_stride = (long long)shape.heads * width;
@@ -56,13 +172,11 @@ __device__ __forceinline__ void flash(const float* q, const T* k, const T* v, co
         v_scales += of_head / width;
     }
 
-    // The queries stay in registers. Tiles have as many keys as a block has queries.
-    uint32_t query[STEPS][4];
-    load<WIDTH>(keys, q, row_stride, min(QUERIES, shape.queries - first), width, nullptr, shape.scale);
+    // The queries stay in registers.
+    Scores<WIDTH, T> queries;
+    queries.put_queries(keys, q, row_stride, min(QUERIES, shape.queries - first), width, shape.scale);
     __syncthreads();
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-        ldmatrix_x4(query[step], &keys[16 * warp + lane % 16][16 * step + lane / 16 * 8]);
+    queries.take_queries(keys);
     __syncthreads();
 
     // This lane's two rows, and what they see.
@@ -74,21 +188,11 @@ __device__ __forceinline__ void flash(const float* q, const T* k, const T* v, co
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, sums[PARTS][4] = {};
     for (int key = 0; key < end; key += KEYS) {
         int rows = min(KEYS, shape.keys - key);
-        load<WIDTH>(keys, k + key * strides.keys, strides.keys, rows, width, k_scales ? k_scales + key : nullptr, 1.0f);
+        queries.put_keys(keys, k + key * strides.keys, strides.keys, rows, width, k_scales ? k_scales + key : nullptr);
         load<WIDTH>(values, v + key * strides.keys, strides.keys, rows, width, v_scales ? v_scales + key : nullptr, 1.0f);
         __syncthreads();
         float scores[KEYS / 8][4] = {};
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (int part = 0; part < KEYS / 8; part += 2) {
-                uint32_t both[4];
-                ldmatrix_x4(both, &keys[8 * part + lane / 16 * 8 + lane % 8][16 * step + lane / 8 % 2 * 8]);
-                uint32_t low[2] = {both[0], both[1]}, high[2] = {both[2], both[3]};
-                mma_f16(scores[part], query[step], low);
-                mma_f16(scores[part + 1], query[step], high);
-            }
-        }
+        queries.of(keys, scores);
         // Four lanes share a row.
         float faded[2];
 #pragma unroll

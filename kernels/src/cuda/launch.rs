@@ -41,6 +41,7 @@ kernels! {
     elementwise: activate copy add multiply add_positions embed weighted_sum mean_rows scale_groups;
     flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     float: float_matvec_1 float_matvec_8 float_matmul;
+    half: to_half matmul_f16;
     linear: linear;
     matmul: matmul_i4 matmul_i8;
     matvec: matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;

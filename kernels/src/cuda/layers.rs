@@ -31,6 +31,14 @@ pub(super) struct Scratch {
     scales: Option<CudaSlice<f32>>,
 }
 
+/// Addresses of memory for `rows` rows of `blocks` blocks of 128 bytes, and for `scales` scales.
+fn scratch(device: &CudaDevice, rows: usize, blocks: usize, scales: usize) -> Result<[u64; 2]> {
+    let mut scratch = device.inner.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let Scratch { codes, scales: of_scales } = &mut *scratch;
+    let bytes = rows.checked_mul(blocks).and_then(|count| count.checked_mul(BLOCK));
+    Ok([address(grown(device, codes, bytes)?, 0), address(grown(device, of_scales, Some(scales))?, 0)])
+}
+
 /// A layer and where its output goes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Layer {
@@ -46,6 +54,7 @@ pub(super) struct Layer {
 enum Stored {
     #[default]
     Float,
+    Half,
     Four,
     Eight,
 }
@@ -97,6 +106,7 @@ impl Layer {
             stored: match weight.dtype() {
                 DType::I4 => Stored::Four,
                 DType::I8 => Stored::Eight,
+                DType::F16 => Stored::Half,
                 _ => Stored::Float,
             },
         }
@@ -167,8 +177,12 @@ fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], g
     } else {
         Grid::blocks([tasks, rows.div_ceil(TILE), 1], 128)
     };
+    // Few blocks of a weight's rows are no work for tensor cores, and before sm_80 there are none of this kind.
+    let tensor_cores = rows > FEW_ROWS && device.inner.gpu.capability.0 >= 8;
+    let halves = layers.iter().all(|layer| matches!(layer.stored, Stored::Half));
     match stored {
-        Stored::Float => {
+        Stored::Half if tensor_cores && halves => of_halves(device, x, rows, layers, grid, argument),
+        Stored::Float | Stored::Half => {
             let (x, count) = (address(&x.data, 0), device.small(OP, "rows", rows)?);
             match rows {
                 0 | 1 => run!(device, OP, float_matvec_1, grid, x, count, argument),
@@ -179,6 +193,25 @@ fn compute(device: &CudaDevice, x: &CudaBuffer, rows: usize, layers: &[Layer], g
         Stored::Four => of_bytes(device, x, rows, layers, grid, argument, true),
         Stored::Eight => of_bytes(device, x, rows, layers, grid, argument, false),
     }
+}
+
+/// [`linear`] of layers in f16 over many rows: x becomes f16 too.
+fn of_halves(
+    device: &CudaDevice,
+    x: &CudaBuffer,
+    rows: usize,
+    layers: &[Layer],
+    grid: Grid,
+    argument: Layers,
+) -> Result<()> {
+    let Some(&Layer { depth, .. }) = layers.first() else { return Ok(()) };
+    let blocks = depth.div_ceil(BLOCK / 2);
+    let [halves, scales] = scratch(device, rows, blocks, rows)?;
+    let (x, depth) = (address(&x.data, 0), device.small(OP, "columns", depth)?);
+    let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
+    run!(device, OP, to_half, Grid::blocks([rows, 1, 1], 128), x, blocks, depth, halves, scales)?;
+    let grid = Grid { shared: STAGES * STAGE_BYTES[1], ..grid };
+    run!(device, OP, matmul_f16, grid, halves, scales, total, blocks, argument)
 }
 
 /// [`linear`] of quantised layers.
@@ -193,12 +226,8 @@ fn of_bytes(
 ) -> Result<()> {
     let Some(&Layer { depth, chunk, .. }) = layers.first().filter(|_| rows > 0) else { return Ok(()) };
     let blocks = depth.div_ceil(BLOCK);
-    let count = rows.checked_mul(blocks);
-    let mut scratch = device.inner.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-    let Scratch { codes, scales } = &mut *scratch;
-    let codes = grown(device, codes, count.and_then(|count| count.checked_mul(BLOCK)))?;
-    let scales = grown(device, scales, count)?;
-    let (codes, scales, count) = (address(codes, 0), address(scales, 0), rows * blocks);
+    let count = rows.checked_mul(blocks).ok_or(DeviceError::OutOfMemory { bytes: usize::MAX })?;
+    let [codes, scales] = scratch(device, rows, blocks, count)?;
     let (depth, words) = (device.small(OP, "columns", depth)?, i32::from(four));
     let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
     let quantise_grid = Grid::blocks([count.div_ceil(128 / 32), 1, 1], 128);

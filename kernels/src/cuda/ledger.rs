@@ -257,6 +257,10 @@ impl LedgerDevice {
                 };
                 (kernel, operations, 0.0, x)
             }
+            DType::F16 if rows > FEW_ROWS && self.board.capability.0 >= 8 => {
+                self.launch("to_half", F32 * x + 2.0 * x, 0.0, x);
+                ("matmul_f16", 2.0 * operations, 0.0, 2.0 * x)
+            }
             _ => (if rows <= FEW_ROWS { "float_matvec" } else { "float_matmul" }, 0.0, operations, F32 * x),
         };
         self.launch(kernel, stored + read + out, byte_operations, float_operations);

@@ -146,9 +146,15 @@ fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: 
         return;
     }
     let narrow = |values: &[f64]| -> Vec<f64> { values.iter().map(|&value| f16::from_f64(value).to_f64()).collect() };
-    let (k, v) = if fast { (narrow(&k.values), narrow(&v.values)) } else { (k.values, v.values) };
     let scaled: Vec<f64> = q.iter().map(|q| f64::from(q * scale)).collect();
-    let scaled = if fast { narrow(&scaled) } else { scaled };
+    let (scaled, k, v) = match (fast, kind) {
+        (false, _) => (scaled, k.values, v.values),
+        (true, Type::I8) => {
+            let queries = q.chunks_exact(width).flat_map(rounded).map(|q| q * f64::from(scale));
+            (queries.collect(), k.values, narrow(&v.values))
+        }
+        (true, _) => (narrow(&scaled), narrow(&k.values), narrow(&v.values)),
+    };
     let of_head = |(i, q): (usize, &[f64])| {
         let (head, query, sequence) = (i % heads, i / heads % queries, i / heads / queries);
         let seen = if causal { keys - queries + query + 1 } else { keys };

@@ -188,7 +188,7 @@ pub(crate) fn layer(machine: &mut Machine) {
     for (width, mlp, group, key_heads, head_dim, position, blocks) in [
         (40, 33, 1, 1, 4, 0, 1),
         (64, 96, 2, 1, 16, 1, 3),
-        (70, 130, 3, 2, 20, 130, 5),
+        (70, 130, 3, 2, 20, 130, 3),
         (160, 64, 7, 2, 64, 5, 2),
         (130, 40, 1, 2, 128, 127, 4),
     ] {

@@ -305,6 +305,47 @@ pub(crate) fn floats(machine: &mut Machine) {
     }
 }
 
+/// What `to_half` makes of a row, as the values that it stands for, and the scale.
+fn to_half(row: &[f32]) -> (Vec<f64>, f32) {
+    let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    let factor = if largest < 1e-30 { 1.0 } else { 2f32.powi(13 - largest.log2().floor() as i32) };
+    let value = |x: &f32| f64::from(half::f16::from_f32(x * factor).to_f32()) / f64::from(factor);
+    (row.iter().map(value).collect(), 1.0 / factor)
+}
+
+pub(crate) fn halves(machine: &mut Machine) {
+    for (index, depth) in [1, 40, 77, 320, 96].into_iter().enumerate() {
+        for (at, rows) in [9, 65, 130].into_iter().enumerate() {
+            let [a, b] = [70, 9].map(|outputs| machine.weight_of(Type::F16, outputs, depth, None, Type::F16, at % 2));
+            let bias = machine.weight(Type::F16, 1, 70);
+            let layers = [Layer::new(a).bias(bias).activation(index), Layer::new(b).added()];
+            let mut x = machine.numbers(rows * depth);
+            // Nothing, and what f16 does not hold.
+            x[..depth].fill(0.0);
+            x[depth..2 * depth].iter_mut().for_each(|x| *x *= 1e6);
+            x[2 * depth..3 * depth].iter_mut().for_each(|x| *x *= 1e-8);
+            let blocks = depth.div_ceil(64);
+            let (x_at, launch) = (machine.floats(&x), launch(machine, &layers, rows, false));
+            let (halves, scales) = (machine.output(2 * rows * blocks * 64), machine.output(4 * rows));
+            let arguments = arguments![x_at, Int(blocks), Int(depth), halves, scales];
+            machine.run(["half", "to_half"], Grid([rows, 1, 1], 128, 0), arguments);
+            let (values, factors): (Vec<_>, Vec<_>) = x.chunks_exact(depth).map(to_half).unzip();
+            assert_eq!(machine.read_floats(scales), factors, "{rows} rows of {depth}");
+            let grid = Grid(grid(launch.tasks, rows), 128, 30720);
+            let arguments = arguments![halves, scales, Int(rows), Int(blocks), launch.layers.clone()];
+            machine.run(["half", "matmul_f16"], grid, arguments);
+            if machine.architecture < 80 {
+                // Nothing: the device does not launch it there.
+                continue;
+            }
+            for (layer, (out, before)) in layers.iter().zip(&launch.outs) {
+                let (expected, size) = layer.of(&values.concat(), rows, before);
+                machine.check_sums(&format!("{rows} rows of {depth} in halves"), *out, &expected, size);
+            }
+        }
+    }
+}
+
 pub(crate) fn definition(machine: &mut Machine) {
     for (index, (rows, outputs, depth)) in [(1, 1, 1), (3, 33, 40), (9, 5, 131), (2, 70, 70)].into_iter().enumerate() {
         for (at, kind) in TYPES.into_iter().enumerate() {

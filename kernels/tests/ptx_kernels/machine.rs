@@ -86,12 +86,16 @@ impl Machine {
     /// Changes the source of a file and what it includes, at one place.
     pub(crate) fn planted(mut self, family: &str, from: &str, to: &str) -> Self {
         let mut sources = sources();
+        let own = sources.families.iter().find(|(name, _)| name == family).map_or("", |(_, text)| text);
+        let included: BTreeSet<String> = sources.needed(own).into_iter().map(|(name, _)| name).collect();
+        let (families, headers) = (sources.families.iter_mut(), sources.headers.iter_mut());
+        let headers = headers.filter(|(name, _)| included.contains(name));
         let mut places = 0;
-        for (_, text) in sources.families.iter_mut().filter(|(name, _)| name == family).chain(&mut sources.headers) {
+        for (_, text) in families.filter(|(name, _)| name == family).chain(headers) {
             places += text.matches(from).count();
             *text = text.replace(from, to);
         }
-        assert_eq!(places, 1, "{family}.cu and the headers: `{from}` is to be there once");
+        assert_eq!(places, 1, "{family}.cu and its headers: `{from}` is to be there once");
         let module = compile(&sources, family, self.architecture).unwrap_or_else(|error| panic!("`{to}`: {error}"));
         self.planted = Some((family.to_owned(), module));
         self

@@ -57,6 +57,7 @@ tests! {
     layers::many_rows_of_bytes: quantise matmul_i8;
     layers::several_layers_of_many_rows: quantise matmul_i4 matmul_i8;
     layers::floats: float_matvec_1 float_matvec_8 float_matmul;
+    layers::halves: to_half matmul_f16;
     layers::definition: linear;
     roof::roofs: read_all multiply_all;
     rows::norms: layer_norm rms_norm;
@@ -113,13 +114,10 @@ const IN_OTHERS: &[Planted] = &[
     (decoder::layer, "decoder", 87, "    grid_barrier(layer.arrived);\n    attend(layer);", "    attend(layer);"),
     (decoder::layer, "decoder", 72, "    grid_barrier(layer.arrived);\n    const", "    const"),
     (decoder::layer, "decoder", 87, "gridDim.x - 1)", "gridDim.x)"),
-    (
-        decoder::layer,
-        "decoder",
-        72,
-        "shape, key_head, chunk, layer.partial, layer.counters, layer.attended);\n        __sync",
-        "shape, key_head, chunk, layer.partial, layer.counters, layer.attended);\n        // __sync",
-    ),
+    (decoder::layer, "decoder", 72, "    __syncthreads();\n    const float *q", "    const float *q"),
+    (attention::flash, "flash", 87, "factor[i / 2] * tile.scales[column])", "factor[i % 2] * tile.scales[column])"),
+    (layers::halves, "half", 87, "mma_f16(sums[i][j], x[i], weight[j])", "mma_f16(sums[i][j], x[i], weight[j ^ 1])"),
+    (layers::halves, "half", 87, "(13 - exponent", "(15 - exponent"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
 ];
 
