@@ -32,6 +32,7 @@ pub mod images;
 mod launch;
 mod layers;
 pub mod ledger;
+mod pixels;
 mod roof;
 mod self_test;
 mod weight;
@@ -47,6 +48,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold, rope_frequencies};
+use crate::pixels::Picture;
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
@@ -71,6 +73,7 @@ struct Inner {
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
     parts: Mutex<attention::Parts>,
+    pictures: Mutex<pixels::Kept>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -143,8 +146,14 @@ impl CudaDevice {
 
     fn with_gpu(gpu: Gpu, image: &launch::Images<'_>) -> std::result::Result<Self, CudaError> {
         let kernels = Kernels::load(&gpu, image)?;
-        let inner =
-            Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default(), parts: Mutex::default() };
+        let inner = Inner {
+            gpu,
+            kernels,
+            frequencies: Mutex::default(),
+            scratch: Mutex::default(),
+            parts: Mutex::default(),
+            pictures: Mutex::default(),
+        };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
 
@@ -716,6 +725,11 @@ impl Device for CudaDevice {
             channels: self.small(OP, "channels", unfold.channels)?,
         };
         run!(self, OP, unfold, Grid::each(len), address(&x.data, 0), argument, len, address(&out.data, 0))
+    }
+
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut CudaBuffer, offset: usize) -> Result<()> {
+        check::picture(picture, patch, out.len, offset)?;
+        pixels::patches(self, picture, patch, address(&out.data, offset))
     }
 
     fn depthwise3x3(

@@ -16,6 +16,7 @@ mod cache;
 mod elementwise;
 mod layers;
 mod machine;
+mod pictures;
 mod roof;
 mod rows;
 mod volume;
@@ -56,6 +57,7 @@ tests! {
     layers::several_layers_of_many_rows: quantise matmul_i4 matmul_i8;
     layers::floats: float_matvec_1 float_matvec_8 float_matmul;
     layers::definition: linear;
+    pictures::patches: picture_patches;
     roof::roofs: read_all multiply_all;
     rows::norms: layer_norm rms_norm;
     rows::softmax: softmax;
@@ -108,6 +110,14 @@ const IN_OTHERS: &[Planted] = &[
     (attention::flash, "flash", 87, "ldmatrix_x4_trans(both", "ldmatrix_x4(both"),
     (attention::flash, "flash", 87, "        __syncthreads();\n    }\n#pragma", "    }\n#pragma"),
     (attention::flash, "flash", 87, "sums[part][2] *= faded[1]", "sums[part][2] *= faded[0]"),
+    (
+        pictures::patches,
+        "pixels",
+        87,
+        "        }\n        __syncthreads();\n        for (int at",
+        "        }\n        for (int at",
+    ),
+    (pictures::patches, "pixels", 72, "(x % 2 ? 2 : 4)", "4"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
 ];
 

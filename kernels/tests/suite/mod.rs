@@ -2,6 +2,9 @@
 #![allow(dead_code)] // not every test uses all of it
 
 pub(crate) mod attention;
+pub(crate) mod pictures;
+
+pub(crate) use pictures::pictures;
 
 use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};
 use rand::{Rng, SeedableRng};
