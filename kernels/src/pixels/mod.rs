@@ -232,7 +232,9 @@ impl Cut {
 
     fn check(&self) -> Result<(), PictureError> {
         check_side("a cut's width", self.width, Self::MAX_SIDE)?;
-        check_side("a cut's height", self.height, Self::MAX_SIDE)
+        check_side("a cut's height", self.height, Self::MAX_SIDE)?;
+        // Bytes that can be counted, where addresses have 32 bits.
+        check_side("a cut's height", self.height, isize::MAX as usize / 3 / self.width)
     }
 }
 

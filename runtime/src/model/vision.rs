@@ -1,7 +1,6 @@
 //! The SigLIP vision tower: a picture's patches to one state a patch.
 
-use std::ops::Range;
-
+use candor_kernels::pixels::Picture;
 use candor_kernels::{Activation, Device, Unfold};
 
 use super::config::VisionConfig;
@@ -32,6 +31,7 @@ pub struct VisionTower<D: Device> {
     patch_embedding: Linear<D>,
     positions: D::Weight,
     encoder: Encoder<D>,
+    /// Frames of f32, channels last, here and on the device. Pictures in bytes need neither.
     host: Vec<f32>,
     pixels: D::Buffer,
     columns: D::Buffer,
@@ -42,6 +42,9 @@ pub struct VisionTower<D: Device> {
     /// Frames that went through the layers.
     pub(super) encoded: u64,
 }
+
+/// Puts the patches of frames into a tower's columns.
+type Columns<D, F> = fn(&mut VisionTower<D>, &D, &[F]) -> Result<(), ModelError>;
 
 impl<D: Device> VisionTower<D> {
     pub(super) fn load(device: &D, loader: &Loader<'_, D>, config: &VisionConfig) -> Result<Self, ModelError> {
@@ -75,7 +78,8 @@ impl<D: Device> VisionTower<D> {
         })
     }
 
-    /// Normalised frames `[frames, 3, side, side]` → states `[frames · patches, width]` behind the selected layer.
+    /// Normalised frames `[frames, 3, side, side]` → states `[frames · patches, width]` behind the selected layer. Frames that
+    /// are equal (a still, a clip shorter than the window) are computed once.
     pub(super) fn forward(&mut self, device: &D, pixels: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
         let side = self.config.image;
         let frame = COLOURS * side * side;
@@ -84,49 +88,58 @@ impl<D: Device> VisionTower<D> {
             let reason = format!("{} values are no whole number of frames of [3, {side}, {side}]", pixels.len());
             return Err(ModelError::input("pixel values", reason));
         }
-        self.host.clear();
-        self.host.extend(pixels.chunks_exact(frame).flat_map(|frame| {
-            let plane = side * side;
-            (0..plane).flat_map(move |i| (0..COLOURS).map(move |c| frame[c * plane + i]))
-        }));
-        self.forward_host(device, frames, out)
+        let frames: Vec<&[f32]> = pixels.chunks_exact(frame).collect();
+        self.forward_distinct(device, &frames, Self::columns_of_planes, out)
     }
 
     /// Packed 8-bit RGB frames `[side, side, 3]` each, normalised to -1..1 → states as in [`Self::forward`].
     pub(super) fn forward_rgb(&mut self, device: &D, frames: &[&[u8]], out: &mut Rows<D>) -> Result<(), ModelError> {
         let side = self.config.image;
         let bytes = COLOURS * side * side;
-        if frames.is_empty() || frames.iter().any(|f| f.len() != bytes) {
-            let reason = format!("each frame must be {side} x {side} packed RGB, and there must be one");
+        if frames.iter().any(|f| f.len() != bytes) {
+            let reason = format!("each frame must be {side} x {side} packed RGB");
             return Err(ModelError::input("frames", reason));
         }
-        self.host.clear();
-        let normalise = |v: u8| (f32::from(v) / 255.0 - 0.5) / 0.5;
-        self.host.extend(frames.iter().flat_map(|f| f.iter().copied().map(normalise)));
-        self.forward_host(device, frames.len(), out)
+        let pictures: Vec<Picture<'_>> = frames.iter().map(|frame| Picture::of_rgb(frame, side)).collect();
+        self.forward_pictures(device, &pictures, out)
     }
 
-    /// The frames in `self.host`, channels last. Frames that are equal (a still, a clip shorter than the window) are
-    /// computed once.
-    fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
-        let frame = self.host.len() / frames;
-        let equal = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
-        let first_equal = |i: usize| (0..i).find(|&j| equal(i, j)).unwrap_or(i);
-        if (0..frames).all(|i| first_equal(i) == i) {
-            return self.encode(device, frames, out);
+    /// Pictures of the tower's side that are made on the device → states as in [`Self::forward`].
+    pub(super) fn forward_pictures(
+        &mut self,
+        device: &D,
+        pictures: &[Picture<'_>],
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let side = self.config.image;
+        if pictures.is_empty() || pictures.iter().any(|picture| picture.side != side) {
+            let reason = format!("each must be {side} x {side}, and there must be one");
+            return Err(ModelError::input("frames", reason));
         }
-        let first: Vec<usize> = (0..frames).map(first_equal).collect();
-        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
-        for (to, &from) in distinct.iter().enumerate() {
-            self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
+        self.forward_distinct(device, pictures, Self::columns_of_pictures, out)
+    }
+
+    /// Frames, of which equal ones are computed once. `columns` puts some of them into `self.columns`.
+    fn forward_distinct<F: PartialEq + Copy>(
+        &mut self,
+        device: &D,
+        frames: &[F],
+        columns: Columns<D, F>,
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let first_equal = |i: usize| (0..i).find(|&j| frames[i] == frames[j]).unwrap_or(i);
+        let first: Vec<usize> = (0..frames.len()).map(first_equal).collect();
+        let distinct: Vec<usize> = (0..frames.len()).filter(|&i| first[i] == i).collect();
+        if distinct.len() == frames.len() {
+            return self.encode(device, frames, columns, out);
         }
-        self.host.truncate(distinct.len() * frame);
+        let different: Vec<F> = distinct.iter().map(|&i| frames[i]).collect();
         let mut states = std::mem::replace(&mut self.distinct, Rows::empty(device)?);
-        let encoded = self.encode(device, distinct.len(), &mut states);
+        let encoded = self.encode(device, &different, columns, &mut states);
         self.distinct = states;
         encoded?;
         let (patches, width) = (self.config.patches(), self.config.width);
-        out.resize(device, frames * patches, width)?;
+        out.resize(device, frames.len() * patches, width)?;
         let size = patches * width;
         for (to, first) in first.into_iter().enumerate() {
             let from = distinct.partition_point(|&place| place < first);
@@ -135,47 +148,79 @@ impl<D: Device> VisionTower<D> {
         Ok(())
     }
 
-    /// The first `frames` frames in `self.host`, a run after the other.
-    fn encode(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
+    /// Frames, a run after the other.
+    fn encode<F: Copy>(
+        &mut self,
+        device: &D,
+        frames: &[F],
+        columns: Columns<D, F>,
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
         let (patches, width) = (self.config.patches(), self.config.width);
-        out.resize(device, frames * patches, width)?;
-        self.encoded += frames as u64;
-        let a_run = (RUN / patches).clamp(1, frames);
-        if a_run == frames {
-            return self.encode_run(device, 0..frames, &mut out.buffer);
+        out.resize(device, frames.len() * patches, width)?;
+        self.encoded += frames.len() as u64;
+        let a_run = (RUN / patches).clamp(1, frames.len());
+        if a_run == frames.len() {
+            columns(self, device, frames)?;
+            return self.encode_run(device, frames.len(), &mut out.buffer);
         }
         let mut states = std::mem::replace(&mut self.run, allocate(device, &[0])?);
         grow(device, &mut states, &[a_run * patches, width])?;
-        for first in (0..frames).step_by(a_run) {
-            let run = first..frames.min(first + a_run);
-            self.encode_run(device, run.clone(), &mut states)?;
-            device.copy(&states, 0, &mut out.buffer, first * patches * width, run.len() * patches * width)?;
+        for (i, run) in frames.chunks(a_run).enumerate() {
+            columns(self, device, run)?;
+            self.encode_run(device, run.len(), &mut states)?;
+            let first = i * a_run * patches * width;
+            device.copy(&states, 0, &mut out.buffer, first, run.len() * patches * width)?;
         }
         self.run = states;
         Ok(())
     }
 
-    /// Some frames in `self.host` → states `[frames · patches, width]`.
-    fn encode_run(&mut self, device: &D, frames: Range<usize>, states: &mut D::Buffer) -> Result<(), ModelError> {
+    /// How planes, or some of them, become columns.
+    fn unfold(&self, frames: usize) -> Unfold {
         let VisionConfig { image, patch, .. } = self.config;
-        let patches = self.config.patches();
-        let unfold = Unfold {
-            size: [frames.len(), image, image],
+        Unfold {
+            size: [frames, image, image],
             channels: COLOURS,
             kernel: [1, patch, patch],
             stride: [1, patch, patch],
             pad_before: [0; 3],
             pad_after: [0; 3],
-        };
-        let (rows, frame) = (frames.len() * patches, COLOURS * image * image);
-        let host = &self.host[frames.start * frame..frames.end * frame];
-        grow(device, &mut self.pixels, &[host.len()])?;
-        grow(device, &mut self.columns, &[rows, unfold.column()])?;
-        device.write(host, &mut self.pixels, 0)?;
-        device.unfold(&self.pixels, unfold, &mut self.columns)?;
+        }
+    }
+
+    /// Normalised frames `[3, side, side]` → columns.
+    fn columns_of_planes(&mut self, device: &D, frames: &[&[f32]]) -> Result<(), ModelError> {
+        let (plane, unfold) = (self.config.image * self.config.image, self.unfold(frames.len()));
+        self.host.clear();
+        self.host.extend(
+            frames
+                .iter()
+                .flat_map(|frame| (0..plane).flat_map(move |i| (0..COLOURS).map(move |c| frame[c * plane + i]))),
+        );
+        grow(device, &mut self.pixels, &[self.host.len()])?;
+        grow(device, &mut self.columns, &[frames.len() * self.config.patches(), unfold.column()])?;
+        device.write(&self.host, &mut self.pixels, 0)?;
+        Ok(device.unfold(&self.pixels, unfold, &mut self.columns)?)
+    }
+
+    /// Pictures → columns, on the device.
+    fn columns_of_pictures(&mut self, device: &D, pictures: &[Picture<'_>]) -> Result<(), ModelError> {
+        let (patches, column) = (self.config.patches(), self.unfold(1).column());
+        grow(device, &mut self.columns, &[pictures.len() * patches, column])?;
+        for (i, picture) in pictures.iter().enumerate() {
+            device.picture_patches(picture, self.config.patch, &mut self.columns, i * patches * column)?;
+        }
+        Ok(())
+    }
+
+    /// The columns of some frames → states `[frames · patches, width]`.
+    fn encode_run(&mut self, device: &D, frames: usize, states: &mut D::Buffer) -> Result<(), ModelError> {
+        let patches = self.config.patches();
+        let rows = frames * patches;
         self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, states)?;
         device.add_positions(states, rows, &self.positions, 0)?;
-        self.encoder.forward(device, states, frames.len(), patches)
+        self.encoder.forward(device, states, frames, patches)
     }
 
     /// Bytes of host memory that are kept between windows.
