@@ -43,8 +43,51 @@ pub struct VisionTower<D: Device> {
     pub(super) encoded: u64,
 }
 
-/// Puts the patches of frames into a tower's columns.
-type Columns<D, F> = fn(&mut VisionTower<D>, &D, &[F]) -> Result<(), ModelError>;
+/// A frame of a form that a tower takes.
+trait Frame<D: Device>: PartialEq + Copy {
+    /// Puts the patches of frames into a tower's columns.
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError>;
+}
+
+/// Normalised, `[3, side, side]`.
+impl<D: Device> Frame<D> for &[f32] {
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError> {
+        let (patches, unfold) = (tower.config.patches(), tower.unfold(frames.len()));
+        tower.host.clear();
+        for frame in frames {
+            let plane = frame.len() / COLOURS;
+            tower.host.extend((0..plane).flat_map(|i| (0..COLOURS).map(move |c| frame[c * plane + i])));
+        }
+        grow(device, &mut tower.pixels, &[tower.host.len()])?;
+        grow(device, &mut tower.columns, &[unfold.size[0] * patches, unfold.column()])?;
+        device.write(&tower.host, &mut tower.pixels, 0)?;
+        Ok(device.unfold(&tower.pixels, unfold, &mut tower.columns)?)
+    }
+}
+
+/// In bytes, made on the device.
+impl<D: Device> Frame<D> for Picture<'_> {
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError> {
+        let (patches, column) = (tower.config.patches(), tower.unfold(1).column());
+        grow(device, &mut tower.columns, &[frames.len() * patches, column])?;
+        for (i, picture) in frames.enumerate() {
+            device.picture_patches(&picture, tower.config.patch, &mut tower.columns, i * patches * column)?;
+        }
+        Ok(())
+    }
+}
 
 impl<D: Device> VisionTower<D> {
     pub(super) fn load(device: &D, loader: &Loader<'_, D>, config: &VisionConfig) -> Result<Self, ModelError> {
@@ -88,20 +131,18 @@ impl<D: Device> VisionTower<D> {
             let reason = format!("{} values are no whole number of frames of [3, {side}, {side}]", pixels.len());
             return Err(ModelError::input("pixel values", reason));
         }
-        let frames: Vec<&[f32]> = pixels.chunks_exact(frame).collect();
-        self.forward_distinct(device, &frames, Self::columns_of_planes, out)
+        self.forward_distinct(device, frames, |i| &pixels[i * frame..][..frame], out)
     }
 
     /// Packed 8-bit RGB frames `[side, side, 3]` each, normalised to -1..1 → states as in [`Self::forward`].
     pub(super) fn forward_rgb(&mut self, device: &D, frames: &[&[u8]], out: &mut Rows<D>) -> Result<(), ModelError> {
         let side = self.config.image;
         let bytes = COLOURS * side * side;
-        if frames.iter().any(|f| f.len() != bytes) {
-            let reason = format!("each frame must be {side} x {side} packed RGB");
+        if frames.is_empty() || frames.iter().any(|f| f.len() != bytes) {
+            let reason = format!("each frame must be {side} x {side} packed RGB, and there must be one");
             return Err(ModelError::input("frames", reason));
         }
-        let pictures: Vec<Picture<'_>> = frames.iter().map(|frame| Picture::of_rgb(frame, side)).collect();
-        self.forward_pictures(device, &pictures, out)
+        self.forward_distinct(device, frames.len(), |i| Picture::of_rgb(frames[i], side), out)
     }
 
     /// Pictures of the tower's side that are made on the device → states as in [`Self::forward`].
@@ -116,30 +157,29 @@ impl<D: Device> VisionTower<D> {
             let reason = format!("each must be {side} x {side}, and there must be one");
             return Err(ModelError::input("frames", reason));
         }
-        self.forward_distinct(device, pictures, Self::columns_of_pictures, out)
+        self.forward_distinct(device, pictures.len(), |i| pictures[i], out)
     }
 
-    /// Frames, of which equal ones are computed once. `columns` puts some of them into `self.columns`.
-    fn forward_distinct<F: PartialEq + Copy>(
+    /// Frames, of which equal ones are computed once. `at` gives them by their number.
+    fn forward_distinct<F: Frame<D>>(
         &mut self,
         device: &D,
-        frames: &[F],
-        columns: Columns<D, F>,
+        frames: usize,
+        at: impl Fn(usize) -> F,
         out: &mut Rows<D>,
     ) -> Result<(), ModelError> {
-        let first_equal = |i: usize| (0..i).find(|&j| frames[i] == frames[j]).unwrap_or(i);
-        let first: Vec<usize> = (0..frames.len()).map(first_equal).collect();
-        let distinct: Vec<usize> = (0..frames.len()).filter(|&i| first[i] == i).collect();
-        if distinct.len() == frames.len() {
-            return self.encode(device, frames, columns, out);
+        let first_equal = |i: usize| (0..i).find(|&j| at(i) == at(j)).unwrap_or(i);
+        if (0..frames).all(|i| first_equal(i) == i) {
+            return self.encode(device, frames, at, out);
         }
-        let different: Vec<F> = distinct.iter().map(|&i| frames[i]).collect();
+        let first: Vec<usize> = (0..frames).map(first_equal).collect();
+        let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
         let mut states = std::mem::replace(&mut self.distinct, Rows::empty(device)?);
-        let encoded = self.encode(device, &different, columns, &mut states);
+        let encoded = self.encode(device, distinct.len(), |i| at(distinct[i]), &mut states);
         self.distinct = states;
         encoded?;
         let (patches, width) = (self.config.patches(), self.config.width);
-        out.resize(device, frames.len() * patches, width)?;
+        out.resize(device, frames * patches, width)?;
         let size = patches * width;
         for (to, first) in first.into_iter().enumerate() {
             let from = distinct.partition_point(|&place| place < first);
@@ -149,28 +189,29 @@ impl<D: Device> VisionTower<D> {
     }
 
     /// Frames, a run after the other.
-    fn encode<F: Copy>(
+    fn encode<F: Frame<D>>(
         &mut self,
         device: &D,
-        frames: &[F],
-        columns: Columns<D, F>,
+        frames: usize,
+        at: impl Fn(usize) -> F,
         out: &mut Rows<D>,
     ) -> Result<(), ModelError> {
         let (patches, width) = (self.config.patches(), self.config.width);
-        out.resize(device, frames.len() * patches, width)?;
-        self.encoded += frames.len() as u64;
-        let a_run = (RUN / patches).clamp(1, frames.len());
-        if a_run == frames.len() {
-            columns(self, device, frames)?;
-            return self.encode_run(device, frames.len(), &mut out.buffer);
+        out.resize(device, frames * patches, width)?;
+        self.encoded += frames as u64;
+        let a_run = (RUN / patches).clamp(1, frames);
+        if a_run == frames {
+            F::columns(self, device, (0..frames).map(at))?;
+            return self.encode_run(device, frames, &mut out.buffer);
         }
         let mut states = std::mem::replace(&mut self.run, allocate(device, &[0])?);
         grow(device, &mut states, &[a_run * patches, width])?;
-        for (i, run) in frames.chunks(a_run).enumerate() {
-            columns(self, device, run)?;
-            self.encode_run(device, run.len(), &mut states)?;
-            let first = i * a_run * patches * width;
-            device.copy(&states, 0, &mut out.buffer, first, run.len() * patches * width)?;
+        for first in (0..frames).step_by(a_run) {
+            let run = first..frames.min(first + a_run);
+            let size = run.len();
+            F::columns(self, device, run.map(&at))?;
+            self.encode_run(device, size, &mut states)?;
+            device.copy(&states, 0, &mut out.buffer, first * patches * width, size * patches * width)?;
         }
         self.run = states;
         Ok(())
@@ -187,31 +228,6 @@ impl<D: Device> VisionTower<D> {
             pad_before: [0; 3],
             pad_after: [0; 3],
         }
-    }
-
-    /// Normalised frames `[3, side, side]` → columns.
-    fn columns_of_planes(&mut self, device: &D, frames: &[&[f32]]) -> Result<(), ModelError> {
-        let (plane, unfold) = (self.config.image * self.config.image, self.unfold(frames.len()));
-        self.host.clear();
-        self.host.extend(
-            frames
-                .iter()
-                .flat_map(|frame| (0..plane).flat_map(move |i| (0..COLOURS).map(move |c| frame[c * plane + i]))),
-        );
-        grow(device, &mut self.pixels, &[self.host.len()])?;
-        grow(device, &mut self.columns, &[frames.len() * self.config.patches(), unfold.column()])?;
-        device.write(&self.host, &mut self.pixels, 0)?;
-        Ok(device.unfold(&self.pixels, unfold, &mut self.columns)?)
-    }
-
-    /// Pictures → columns, on the device.
-    fn columns_of_pictures(&mut self, device: &D, pictures: &[Picture<'_>]) -> Result<(), ModelError> {
-        let (patches, column) = (self.config.patches(), self.unfold(1).column());
-        grow(device, &mut self.columns, &[pictures.len() * patches, column])?;
-        for (i, picture) in pictures.iter().enumerate() {
-            device.picture_patches(picture, self.config.patch, &mut self.columns, i * patches * column)?;
-        }
-        Ok(())
     }
 
     /// The columns of some frames → states `[frames · patches, width]`.
