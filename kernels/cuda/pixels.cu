@@ -98,7 +98,7 @@ __device__ __forceinline__ float normalised(uint32_t byte) { return ((float)byte
 
 // A picture [side, side] of a camera's: patches [patches, 3, patch, patch] from -1 to 1, or for a patch of zero bytes [side, side, 3].
 // `one` is the axis of the first pass: columns where `rows_first`, else rows.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     picture_patches(Camera camera, Axis one, Axis two, int rows_first, int patch, float* patches, uint8_t* bytes) {
     __shared__ uint32_t between[LINES][TILE];
     const Sums half = {1 << (PRECISION - 1), 1 << (PRECISION - 1), 1 << (PRECISION - 1)};
