@@ -1,6 +1,7 @@
 //! Checks of sizes that every device makes before it touches memory.
 
 use crate::device::{AttentionShape, DeviceError, Result, Unfold};
+use crate::pixels::{self, Picture};
 
 /// The product of `dims`, if `actual` elements are at least as many.
 pub(crate) fn at_least(op: &'static str, what: &'static str, actual: usize, dims: &[usize]) -> Result<usize> {
@@ -48,6 +49,14 @@ pub(crate) fn unfold(unfold: &Unfold) -> Result<[usize; 3]> {
         };
     }
     Ok(output)
+}
+
+/// Patches on an axis of a picture, and the end of their columns in `actual` elements.
+pub(crate) fn picture(picture: &Picture<'_>, patch: usize, actual: usize, offset: usize) -> Result<(usize, usize)> {
+    picture.check()?;
+    let across = pixels::patches(picture.side, patch)?;
+    let end = range("picture_patches", "out", actual, offset, across * across * 3 * patch * patch)?;
+    Ok((across, end))
 }
 
 fn product(dims: &[usize]) -> Option<usize> {

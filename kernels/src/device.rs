@@ -4,6 +4,7 @@
 //! stay in the type they are stored in and every product is accumulated in f32. A new operation goes into this
 //! trait, every device, and the conformance test in one change.
 
+use crate::pixels::{Picture, PictureError};
 use crate::tensor::HostTensor;
 
 /// Why an operation could not be done.
@@ -36,6 +37,9 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// A picture that cannot be read.
+    #[error("picture_patches: {0}")]
+    Picture(#[from] PictureError),
     /// The GPU or its driver failed.
     #[error("{op}: {source}")]
     Cuda {
@@ -452,6 +456,12 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Turns a convolution into [`Device::linear`]: channels-last input `[t, h, w, channels]` to columns
     /// `[t', h', w', channels · kt · kh · kw]` in the order of PyTorch's convolution weights (channel first).
     fn unfold(&self, x: &Self::Buffer, unfold: Unfold, out: &mut Self::Buffer) -> Result<()>;
+    /// Camera pixels to a vision tower's patches: the bytes that [`Picture::rgb`] defines, from -1 to 1
+    /// ([`normalisation`](crate::pixels::normalisation)), in the columns that [`Device::unfold`] makes of them,
+    /// `out[offset ..] = [patches, 3 · patch · patch]`. Rows and columns that no whole patch has are left out. The bytes are the
+    /// same on every device. [`DeviceError::Picture`] where there are not the pixels that the picture says.
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut Self::Buffer, offset: usize)
+    -> Result<()>;
     /// Depthwise 3×3 convolution, stride 1, one zero around: x and out `[frames, height, width, channels]`, weight
     /// `[channels, 1, 3, 3]`, bias `[channels]` or none.
     fn depthwise3x3(

@@ -8,6 +8,7 @@ mod check;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
+pub mod pixels;
 pub mod scales;
 pub mod tensor;
 

@@ -29,7 +29,7 @@ macro_rules! on_every_level {
 
 on_every_level! {
     buffers embed linear norms activations elementwise positions softmax_rows rope attention unfold depthwise groups
-    bilinear several_at_once
+    bilinear several_at_once pictures
 }
 
 /// To the bit where activations are not rounded, and elsewhere for views that begin and end at multiples of 16 rows: the last

@@ -28,6 +28,7 @@ pub use report::KernelReport;
 
 use crate::check;
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::pixels::{self, Picture};
 use crate::tensor::{DType, HostTensor};
 use pool::ThreadPool;
 use simd::Level;
@@ -410,6 +411,19 @@ impl Device for CpuDevice {
         let dims = [output[0], output[1], output[2], unfold.channels, kt, kh, kw];
         let len = check::at_least("unfold", "out", out.0.len(), &dims)?;
         convolution::unfold(&self.pool, &x.0, unfold, output, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut CpuBuffer, offset: usize) -> Result<()> {
+        let (across, end) = check::picture(picture, patch, out.0.len(), offset)?;
+        let rgb = match picture.as_is() {
+            Some(rgb) => Cow::Borrowed(rgb),
+            None => Cow::Owned(picture.rgb()?),
+        };
+        let line = across * 3 * patch * patch;
+        self.pool.run_chunks(&mut out.0[offset..end], line, |index, columns| {
+            pixels::unfold(&rgb, picture.side, patch, index * across, columns);
+        });
         Ok(())
     }
 

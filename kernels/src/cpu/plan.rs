@@ -12,6 +12,7 @@ use super::gemm::panel_bytes;
 use super::linear::DOT_ROWS;
 use super::{CpuDevice, CpuWeight, is_widened};
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::pixels::Picture;
 use crate::tensor::HostTensor;
 
 /// A page fault on a mapped file brings in the pages around it, as far as they are in the page cache: Linux maps 64 kB at
@@ -323,6 +324,10 @@ impl Device for PlanDevice {
     }
 
     fn unfold(&self, _: &PlanBuffer, _: Unfold, _: &mut PlanBuffer) -> Result<()> {
+        Ok(())
+    }
+
+    fn picture_patches(&self, _: &Picture<'_>, _: usize, _: &mut PlanBuffer, _: usize) -> Result<()> {
         Ok(())
     }
 

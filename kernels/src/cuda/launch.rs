@@ -46,6 +46,7 @@ kernels! {
     matmul: matmul_i4 matmul_i8;
     matvec: matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;
     norm: layer_norm rms_norm softmax;
+    pixels: picture_patches;
     position: rope;
     quantise: quantise;
     roof: read_all multiply_all;

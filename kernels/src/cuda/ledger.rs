@@ -9,6 +9,7 @@ use super::layers::{FEW_ROWS, LAYERS};
 use crate::device::{
     Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
 };
+use crate::pixels::Picture;
 use crate::tensor::{DType, HostTensor};
 
 /// A board's figures, dense (without sparsity), from its maker's data sheets.
@@ -539,6 +540,20 @@ impl Device for LedgerDevice {
 
     fn unfold(&self, _: &LedgerBuffer, unfold: Unfold, _: &mut LedgerBuffer) -> Result<()> {
         self.elementwise("unfold", unfold.output().iter().product::<usize>() * unfold.column(), 2);
+        Ok(())
+    }
+
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, _: &mut LedgerBuffer, _: usize) -> Result<()> {
+        let side = |side: usize| (3 * side * side) as f64;
+        let (cut, out) = (picture.cut, F32 * side(picture.side / patch.max(1) * patch));
+        let bytes = (4 * cut.width * cut.height) as f64;
+        match picture.between() {
+            Some(detail) => {
+                self.launch("picture_patches", bytes + side(detail), 0.0, 0.0);
+                self.launch("picture_patches", side(detail) + out, 0.0, 0.0);
+            }
+            None => self.launch("picture_patches", bytes + out, 0.0, 0.0),
+        }
         Ok(())
     }
 

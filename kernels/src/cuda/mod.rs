@@ -35,6 +35,7 @@ pub mod images;
 mod launch;
 mod layers;
 pub mod ledger;
+mod pixels;
 mod replay;
 mod roof;
 mod self_test;
@@ -55,6 +56,7 @@ use crate::device::{
     Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
     rope_frequencies,
 };
+use crate::pixels::Picture;
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
@@ -80,6 +82,7 @@ struct Inner {
     scratch: Mutex<Scratch>,
     parts: Mutex<attention::Parts>,
     decoder: Mutex<decoder::Meeting>,
+    pictures: Mutex<pixels::Kept>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -159,6 +162,7 @@ impl CudaDevice {
             scratch: Mutex::default(),
             parts: Mutex::default(),
             decoder: Mutex::default(),
+            pictures: Mutex::default(),
         };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
@@ -746,6 +750,11 @@ impl Device for CudaDevice {
             channels: self.small(OP, "channels", unfold.channels)?,
         };
         run!(self, OP, unfold, Grid::each(len), address(&x.data, 0), argument, len, address(&out.data, 0))
+    }
+
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut CudaBuffer, offset: usize) -> Result<()> {
+        check::picture(picture, patch, out.len, offset)?;
+        pixels::patches(self, picture, patch, address(&out.data, offset))
     }
 
     fn depthwise3x3(

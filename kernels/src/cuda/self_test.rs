@@ -3,6 +3,7 @@
 use super::{CudaDevice, CudaError};
 use crate::cpu::CpuDevice;
 use crate::device::{Activation, AttentionShape, CacheType, Device, Result, Unfold};
+use crate::pixels::{Cut, Format, Outside, Picture, Pixels, Yuv};
 use crate::scales::Scales;
 use crate::tensor::{DType, HostTensor};
 
@@ -84,6 +85,7 @@ fn outputs<D: Device>(device: &D) -> Result<Vec<(String, Vec<f32>)>> {
     }
     elementwise(device, &buffer, &mut keep)?;
     volumes(device, &buffer, &mut keep)?;
+    pictures(device, &mut keep)?;
     Ok(found)
 }
 
@@ -164,6 +166,24 @@ fn elementwise<D: Device>(
     let mut turned = buffer(2 * 64, 5)?;
     device.rope(&mut turned, 2, 1, 64, 9, 1e6)?;
     keep("rope", &turned)
+}
+
+fn pictures<D: Device>(device: &D, keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>) -> Result<()> {
+    let (width, height, pitch, patch) = (46, 60, 48, 6);
+    let bytes: Vec<u8> = numbers(height * 3 * pitch, 8).iter().map(|value| (value * 127.0) as i8 as u8).collect();
+    let (luma, chroma) = bytes.split_at(height * pitch);
+    let yuv = Yuv::of_height(height);
+    let nv12 = Format::Nv12 { luma, luma_pitch: pitch, chroma, chroma_pitch: pitch, yuv };
+    let cut = Cut { x: 9, y: -8, width: 41, height: 70, outside: Outside::Edge };
+    for (format, grey, detail) in
+        [(nv12, false, None), (Format::Rgb { data: &bytes, pitch: 3 * pitch }, true, Some(13))]
+    {
+        let picture = Picture { pixels: Pixels { width, height, format }, cut, grey, detail, side: 20 };
+        let mut out = device.allocate(9 * 3 * patch * patch)?;
+        device.picture_patches(&picture, patch, &mut out, 0)?;
+        keep("patches of a picture", &out)?;
+    }
+    Ok(())
 }
 
 fn volumes<D: Device>(

@@ -17,6 +17,7 @@ mod decoder;
 mod elementwise;
 mod layers;
 mod machine;
+mod pictures;
 mod roof;
 mod rows;
 mod volume;
@@ -59,6 +60,7 @@ tests! {
     layers::floats: float_matvec_1 float_matvec_8 float_matmul;
     layers::halves: to_half matmul_f16;
     layers::definition: linear;
+    pictures::patches: picture_patches;
     roof::roofs: read_all multiply_all;
     rows::norms: layer_norm rms_norm;
     rows::softmax: softmax;
@@ -118,6 +120,14 @@ const IN_OTHERS: &[Planted] = &[
     (attention::flash, "flash", 87, "factor[i / 2] * tile.scales[column])", "factor[i % 2] * tile.scales[column])"),
     (layers::halves, "half", 87, "mma_f16(sums[i][j], x[i], weight[j])", "mma_f16(sums[i][j], x[i], weight[j ^ 1])"),
     (layers::halves, "half", 87, "(13 - exponent", "(15 - exponent"),
+    (
+        pictures::patches,
+        "pixels",
+        87,
+        "        }\n        __syncthreads();\n        for (int at",
+        "        }\n        for (int at",
+    ),
+    (pictures::patches, "pixels", 72, "(x % 2 ? 2 : 4)", "4"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
 ];
 

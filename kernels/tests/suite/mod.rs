@@ -3,6 +3,9 @@
 
 pub(crate) mod attention;
 pub(crate) mod decoder;
+pub(crate) mod pictures;
+
+pub(crate) use pictures::pictures;
 
 use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};
 use rand::{Rng, SeedableRng};

@@ -6,8 +6,11 @@
 
 use std::borrow::Borrow;
 
+use candor_kernels::pixels::luma;
+use candor_kernels::pixels::resample::resize_bicubic;
+
 use super::frame::{Frame, FrameError};
-use super::resize::{Square, luma, resize_bicubic};
+use super::resize::Square;
 
 /// The detector's weights, part of the program.
 const DETECTOR: &[u8] = include_bytes!("../../../models/face/seeta_fd_frontal_v1.0.bin");

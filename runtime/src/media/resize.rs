@@ -1,158 +1,15 @@
 //! Turns the frames of a window into the vision tower's pixels: fit to a square, scale as Pillow does, normalise.
 //!
 //! The scaling is Pillow's antialiased bicubic on 8-bit pictures to the last bit (`Image.resize(..., BICUBIC)`), because that is
-//! what the models were trained behind: two passes, weights in 22-bit fixed point, 8-bit values between the passes.
-//! The goldens are Pillow 13's.
+//! what the models were trained behind. Its arithmetic, and that of formats, cuts and grey, is in
+//! [`candor_kernels::pixels`], from where devices have it too. The goldens are Pillow 13's.
 
 use std::borrow::Borrow;
 
+use candor_kernels::pixels::resample::resize_bicubic;
+use candor_kernels::pixels::{Cut, Outside, Picture, PictureError, Pixels, normalisation};
+
 use super::frame::{Frame, FrameError};
-
-/// Bits behind the point of a weight: 32 less 8 for the value and 2 for the sum's overshoot.
-const PRECISION_BITS: u32 = 32 - 8 - 2;
-
-/// One half, which the sum starts with so that cutting the fraction off rounds.
-const ROUNDING: i32 = 1 << (PRECISION_BITS - 1);
-
-/// Half-width of the bicubic kernel in source pixels at scale 1.
-const BICUBIC_SUPPORT: f64 = 2.0;
-
-/// Bicubic kernel with a = -0.5 (Keys).
-fn bicubic(x: f64) -> f64 {
-    const A: f64 = -0.5;
-    let x = x.abs();
-    if x < 1.0 {
-        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-    } else if x < 2.0 {
-        (((x - 5.0) * x + 8.0) * x - 4.0) * A
-    } else {
-        0.0
-    }
-}
-
-/// The weights of one axis: output position `i` is the sum over `weights[i * taps..][..count[i]]` times the inputs from
-/// `first[i]` on.
-struct Axis {
-    taps: usize,
-    first: Vec<usize>,
-    count: Vec<usize>,
-    weights: Vec<i32>,
-}
-
-impl Axis {
-    fn new(input: usize, output: usize) -> Self {
-        let scale = input as f64 / output as f64;
-        // Scaling down widens the kernel so that every source pixel counts (the antialiasing); scaling up keeps it.
-        let filter_scale = scale.max(1.0);
-        let support = BICUBIC_SUPPORT * filter_scale;
-        let taps = support.ceil() as usize * 2 + 1;
-        let mut axis = Self {
-            taps,
-            first: Vec::with_capacity(output),
-            count: Vec::with_capacity(output),
-            weights: vec![0; output * taps],
-        };
-        let mut row = vec![0.0; taps];
-        for i in 0..output {
-            let center = (i as f64 + 0.5) * scale;
-            // `as usize` cuts towards zero and takes a negative to zero, as the definition's cast and clamp do.
-            let first = (center - support + 0.5) as usize;
-            let end = ((center + support + 0.5) as usize).min(input);
-            let count = end - first;
-            let mut sum = 0.0;
-            for (k, weight) in row[..count].iter_mut().enumerate() {
-                *weight = bicubic(((k + first) as f64 - center + 0.5) * (1.0 / filter_scale));
-                sum += *weight;
-            }
-            for (fixed, weight) in axis.weights[i * taps..].iter_mut().zip(&row[..count]) {
-                let weight = if sum == 0.0 { *weight } else { weight / sum };
-                let scaled = weight * f64::from(1u32 << PRECISION_BITS);
-                *fixed = (if weight < 0.0 { scaled - 0.5 } else { scaled + 0.5 }) as i32;
-            }
-            axis.first.push(first);
-            axis.count.push(count);
-        }
-        axis
-    }
-
-    /// Weights of output position `i`, and the first input they apply to.
-    fn at(&self, i: usize) -> (usize, &[i32]) {
-        (self.first[i], &self.weights[i * self.taps..][..self.count[i]])
-    }
-}
-
-fn to_u8(sum: i32) -> u8 {
-    (sum >> PRECISION_BITS).clamp(0, 255) as u8
-}
-
-/// Scales every row: `[height, width, CHANNELS]` to `[height, out_width, CHANNELS]`.
-fn resize_rows<const CHANNELS: usize>(pixels: &[u8], width: usize, out_width: usize) -> Vec<u8> {
-    if width == out_width {
-        return pixels.to_vec();
-    }
-    let axis = Axis::new(width, out_width);
-    let height = pixels.len() / (width * CHANNELS);
-    let mut out = vec![0u8; out_width * height * CHANNELS];
-    for (source, target) in pixels.chunks_exact(width * CHANNELS).zip(out.chunks_exact_mut(out_width * CHANNELS)) {
-        for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
-            let (first, weights) = axis.at(x);
-            let mut sums = [ROUNDING; CHANNELS];
-            for (weight, value) in weights.iter().zip(source[first * CHANNELS..].chunks_exact(CHANNELS)) {
-                for (sum, value) in sums.iter_mut().zip(value) {
-                    *sum += weight * i32::from(*value);
-                }
-            }
-            for (value, sum) in pixel.iter_mut().zip(sums) {
-                *value = to_u8(sum);
-            }
-        }
-    }
-    out
-}
-
-/// Scales every column: `[height, row_bytes]` to `[out_height, row_bytes]`.
-fn resize_columns(pixels: &[u8], row_bytes: usize, out_height: usize) -> Vec<u8> {
-    let height = pixels.len() / row_bytes;
-    if height == out_height {
-        return pixels.to_vec();
-    }
-    let axis = Axis::new(height, out_height);
-    let mut out = vec![0u8; row_bytes * out_height];
-    let mut sums = vec![ROUNDING; row_bytes];
-    for (y, target) in out.chunks_exact_mut(row_bytes).enumerate() {
-        let (first, weights) = axis.at(y);
-        sums.fill(ROUNDING);
-        for (weight, source) in weights.iter().zip(pixels[first * row_bytes..].chunks_exact(row_bytes)) {
-            for (sum, value) in sums.iter_mut().zip(source) {
-                *sum += weight * i32::from(*value);
-            }
-        }
-        for (value, sum) in target.iter_mut().zip(&sums) {
-            *value = to_u8(*sum);
-        }
-    }
-    out
-}
-
-/// Scales a picture `[height, width, CHANNELS]` to `[out_height, out_width, CHANNELS]` exactly as Pillow's BICUBIC does.
-/// `pixels` must hold `width * height * CHANNELS` bytes, and no side may be zero.
-pub(crate) fn resize_bicubic<const CHANNELS: usize>(
-    pixels: &[u8],
-    (width, height): (usize, usize),
-    (out_width, out_height): (usize, usize),
-) -> Vec<u8> {
-    // The order of the passes shows in the last bit. Pillow 13 does columns first where the height shrinks by more than
-    // twice what the width does; older versions always did rows first (but for pictures a hundred times as high as wide).
-    let shrinks = |from: usize, to: usize| from as i64 - to as i64;
-    let columns_first = shrinks(height, out_height) > (2 * shrinks(width, out_width)).max(0);
-    if columns_first {
-        let columns = resize_columns(pixels, width * CHANNELS, out_height);
-        resize_rows::<CHANNELS>(&columns, width, out_width)
-    } else {
-        let rows = resize_rows::<CHANNELS>(pixels, width, out_width);
-        resize_columns(&rows, out_width * CHANNELS, out_height)
-    }
-}
 
 /// Scales RGB pixels `[height, width, 3]` to `[out_height, out_width, 3]`, bit-exact with Pillow's antialiased bicubic.
 pub fn resize_rgb(
@@ -163,14 +20,6 @@ pub fn resize_rgb(
     super::frame::check_picture(rgb.len(), width, height)?;
     super::frame::check_picture(out_width.saturating_mul(out_height).saturating_mul(3), out_width, out_height)?;
     Ok(resize_bicubic::<3>(rgb, (width, height), (out_width, out_height)))
-}
-
-/// The brightness of RGB pixels, one byte each, exactly as Pillow's conversion to mode "L" (ITU-R BT.601 luma).
-pub fn luma(rgb: &[u8]) -> Vec<u8> {
-    let pixel = |p: &[u8]| {
-        ((19_595 * u32::from(p[0]) + 38_470 * u32::from(p[1]) + 7_471 * u32::from(p[2]) + 0x8000) >> 16) as u8
-    };
-    rgb.chunks_exact(3).map(pixel).collect()
 }
 
 /// How a frame becomes a square.
@@ -197,18 +46,9 @@ pub struct Square {
 }
 
 impl Square {
-    /// Cuts the square out of a frame: RGB pixels `[side, side, 3]`.
-    pub fn cut(&self, frame: &Frame) -> Vec<u8> {
-        let inside =
-            |start: i64, i: usize, length: usize| start.saturating_add(i as i64).clamp(0, length as i64 - 1) as usize;
-        let mut rgb = Vec::with_capacity(self.side * self.side * 3);
-        for row in 0..self.side {
-            let line = &frame.rgb[inside(self.y, row, frame.height) * frame.width * 3..][..frame.width * 3];
-            for column in 0..self.side {
-                rgb.extend_from_slice(&line[inside(self.x, column, frame.width) * 3..][..3]);
-            }
-        }
-        rgb
+    /// As a part of a picture.
+    pub fn cut(self) -> Cut {
+        Cut { x: self.x, y: self.y, width: self.side, height: self.side, outside: Outside::Edge }
     }
 }
 
@@ -274,11 +114,14 @@ pub enum PreprocessError {
     /// A frame whose buffer does not fit its size.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// Pixels that cannot be read.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
 }
 
 impl Preprocess {
     /// Largest input side of a tower.
-    pub const MAX_SIDE: usize = 4096;
+    pub const MAX_SIDE: usize = Picture::MAX_SIDE;
 
     fn check(&self) -> Result<(), PreprocessError> {
         for (name, side) in [("side", self.side), ("detail", self.detail.unwrap_or(1))] {
@@ -293,29 +136,44 @@ impl Preprocess {
     pub fn picture(&self, frame: &Frame, square: Option<Square>) -> Result<Vec<u8>, PreprocessError> {
         self.check()?;
         frame.check()?;
-        let (mut rgb, mut size) = match (self.fit, square) {
-            (Fit::Stretch, _) => (frame.rgb.clone(), (frame.width, frame.height)),
-            (Fit::Pad, _) => {
-                let side = frame.width.max(frame.height);
-                (pad_to_square(frame, side), (side, side))
-            }
+        Ok(self.of_pixels(Pixels::rgb(&frame.rgb, frame.width, frame.height), square)?.rgb()?)
+    }
+
+    /// The same of pixels in any format that is read, to be made where they are wanted: here by [`Picture::rgb`], or by a device
+    /// ([`Model::vision_features_of`](crate::model::Model::vision_features_of)).
+    pub fn of_pixels<'a>(&self, pixels: Pixels<'a>, square: Option<Square>) -> Result<Picture<'a>, PreprocessError> {
+        self.check()?;
+        let Pixels { width, height, .. } = pixels;
+        let cut = match (self.fit, square) {
+            (Fit::Stretch, _) => Cut::whole(width, height),
+            (Fit::Pad, _) => in_the_middle(width, height),
             (Fit::Face, None) => return Err(PreprocessError::Squares { frames: 1, squares: 0 }),
             (Fit::Face, Some(square)) => {
-                let (side, width, height) = (square.side, frame.width, frame.height);
-                if side == 0 || side > 4 * width.max(height) {
+                let side = square.side;
+                if side == 0 || side > width.max(height).saturating_mul(4) {
                     return Err(PreprocessError::Square { side, width, height });
                 }
-                (square.cut(frame), (side, side))
+                square.cut()
             }
         };
-        if self.grey {
-            rgb = luma(&rgb).into_iter().flat_map(|value| [value; 3]).collect();
-        }
-        for side in self.detail.into_iter().chain([self.side]) {
-            rgb = resize_bicubic::<3>(&rgb, size, (side, side));
-            size = (side, side);
-        }
-        Ok(rgb)
+        let Preprocess { side, detail, grey, .. } = *self;
+        Ok(Picture { pixels, cut, grey, detail, side })
+    }
+
+    /// The pictures of a window, each as [`Preprocess::picture`]: black ones follow where there are fewer frames than
+    /// `wanted`. `squares` holds one cut a frame where the fit is `face`, else it is not read.
+    pub fn pictures<F: Borrow<Frame>>(
+        &self,
+        frames: &[F],
+        squares: &[Square],
+        wanted: usize,
+    ) -> Result<Vec<Vec<u8>>, PreprocessError> {
+        self.check_window(frames, squares, wanted)?;
+        let seen = frames.iter().enumerate();
+        let mut pictures: Vec<Vec<u8>> =
+            seen.map(|(i, frame)| self.picture(frame.borrow(), squares.get(i).copied())).collect::<Result<_, _>>()?;
+        pictures.resize(wanted, vec![0; self.side * self.side * 3]);
+        Ok(pictures)
     }
 
     /// Whether the settings are in range, and frames and squares are as many as they must be.
@@ -344,13 +202,9 @@ impl Preprocess {
         wanted: usize,
         layout: PixelLayout,
     ) -> Result<Vec<f32>, PreprocessError> {
-        self.check_window(frames, squares, wanted)?;
-        let mut pixels = Vec::new();
-        for (i, frame) in frames.iter().enumerate() {
-            append_pixels(&self.picture(frame.borrow(), squares.get(i).copied())?, layout, &mut pixels);
-        }
-        let picture_length = self.side * self.side * 3;
-        pixels.resize(wanted * picture_length, normalisation()[0]);
+        let pictures = self.pictures(frames, squares, wanted)?;
+        let mut pixels = Vec::with_capacity(wanted.saturating_mul(self.side * self.side * 3));
+        pictures.iter().for_each(|picture| append_pixels(picture, layout, &mut pixels));
         Ok(pixels)
     }
 }
@@ -370,19 +224,11 @@ pub fn append_pixels(rgb: &[u8], layout: PixelLayout, pixels: &mut Vec<f32>) {
     }
 }
 
-/// What each byte becomes: x / 255, then (x - 0.5) / 0.5, rounded as the published image processor rounds.
-fn normalisation() -> [f32; 256] {
-    std::array::from_fn(|byte| ((byte as f64 * (1.0 / 255.0)) as f32 - 0.5) / 0.5)
-}
-
-/// Puts a frame in the middle of a square of colour 127: RGB `[side, side, 3]`.
-fn pad_to_square(frame: &Frame, side: usize) -> Vec<u8> {
-    let mut rgb = vec![127; side * side * 3];
-    let (left, top) = ((side - frame.width) / 2, (side - frame.height) / 2);
-    for (line, target) in frame.rgb.chunks_exact(frame.width * 3).zip(rgb.chunks_exact_mut(side * 3).skip(top)) {
-        target[left * 3..][..line.len()].copy_from_slice(line);
-    }
-    rgb
+/// A frame in the middle of a square of colour 127.
+fn in_the_middle(width: usize, height: usize) -> Cut {
+    let side = width.max(height);
+    let before = |length: usize| -(((side - length) / 2) as i64);
+    Cut { x: before(width), y: before(height), width: side, height: side, outside: Outside::Colour(127) }
 }
 
 #[cfg(test)]
@@ -391,6 +237,7 @@ mod tests {
 
     use std::collections::BTreeMap;
 
+    use candor_kernels::pixels::luma;
     use sha2::{Digest, Sha256};
 
     use super::*;
@@ -468,7 +315,8 @@ mod tests {
     #[test]
     fn a_square_over_the_edge_repeats_the_edge() {
         let frame = Frame::from_rgb((0..27).collect(), 3, 3).unwrap();
-        let reds = |square: Square| square.cut(&frame).into_iter().step_by(3).collect::<Vec<u8>>();
+        let pixels = Pixels::rgb(&frame.rgb, 3, 3);
+        let reds = |square: Square| pixels.cut(&square.cut()).unwrap().into_iter().step_by(3).collect::<Vec<u8>>();
         assert_eq!(reds(Square { x: 1, y: 1, side: 2 }), [12, 15, 21, 24]);
         assert_eq!(reds(Square { x: -1, y: -1, side: 3 }), [0, 0, 3, 0, 0, 3, 9, 9, 12]);
         assert_eq!(reds(Square { x: 2, y: 2, side: 2 }), [24; 4]);
@@ -479,7 +327,8 @@ mod tests {
     fn the_face_fit_scales_the_cut_alone() {
         let frame = Frame::from_rgb(picture(40, 30, 2), 40, 30).unwrap();
         let square = Square { x: 4, y: 6, side: 20 };
-        let cut = Frame::from_rgb(square.cut(&frame), 20, 20).unwrap();
+        let cut = Pixels::rgb(&frame.rgb, 40, 30).cut(&square.cut()).unwrap();
+        let cut = Frame::from_rgb(cut, 20, 20).unwrap();
         let face = Preprocess { side: 16, fit: Fit::Face, detail: Some(10), grey: true };
         let whole = Preprocess { fit: Fit::Stretch, ..face };
         assert_eq!(face.picture(&frame, Some(square)).unwrap(), whole.picture(&cut, None).unwrap());

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candor_kernels::Device;
+use candor_kernels::pixels::Picture;
 
 use super::audio::AudioTower;
 use super::checkpoint::{AUDIO, BERT, OpenCheckpoint, Tower, VISION, finish_main, finish_tower};
@@ -148,6 +149,12 @@ impl<D: Device> Model<D> {
     /// Frames as packed 8-bit RGB `[side, side, 3]`, already of the model's size → as [`Self::vision_features`].
     pub fn vision_features_rgb(&mut self, frames: &[&[u8]], out: &mut Rows<D>) -> Result<(), ModelError> {
         self.vision.forward_rgb(&self.device, frames, out)
+    }
+
+    /// Camera pixels → as [`Self::vision_features`]. Format, cut and scaling are the device's work, with the same bytes in the
+    /// end as [`Picture::rgb`] gives; [`Preprocess::of_pixels`](crate::media::Preprocess::of_pixels) says how they are made.
+    pub fn vision_features_of(&mut self, pictures: &[Picture<'_>], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.vision.forward_pictures(&self.device, pictures, out)
     }
 
     /// Word-piece ids of the instruction, with `[CLS]` and `[SEP]` → weights of the branches video, body and face.

@@ -1,7 +1,6 @@
 //! The SigLIP vision tower: a picture's patches to one state a patch.
 
-use std::ops::Range;
-
+use candor_kernels::pixels::Picture;
 use candor_kernels::{Activation, Device, Unfold};
 
 use super::config::VisionConfig;
@@ -32,6 +31,7 @@ pub struct VisionTower<D: Device> {
     patch_embedding: Linear<D>,
     positions: D::Weight,
     encoder: Encoder<D>,
+    /// Frames of f32, channels last, here and on the device. Pictures in bytes need neither.
     host: Vec<f32>,
     pixels: D::Buffer,
     columns: D::Buffer,
@@ -43,6 +43,52 @@ pub struct VisionTower<D: Device> {
     distinct: Rows<D>,
     /// Frames that went through the layers.
     pub(super) encoded: u64,
+}
+
+/// A frame of a form that a tower takes.
+trait Frame<D: Device>: PartialEq + Copy {
+    /// Puts the patches of frames into a tower's columns.
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError>;
+}
+
+/// Normalised, `[3, side, side]`.
+impl<D: Device> Frame<D> for &[f32] {
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError> {
+        let (patches, unfold) = (tower.config.patches(), tower.unfold(frames.len()));
+        tower.host.clear();
+        for frame in frames {
+            let plane = frame.len() / COLOURS;
+            tower.host.extend((0..plane).flat_map(|i| (0..COLOURS).map(move |c| frame[c * plane + i])));
+        }
+        grow(device, &mut tower.pixels, &[tower.host.len()])?;
+        grow(device, &mut tower.columns, &[unfold.size[0] * patches, unfold.column()])?;
+        device.write(&tower.host, &mut tower.pixels, 0)?;
+        Ok(device.unfold(&tower.pixels, unfold, &mut tower.columns)?)
+    }
+}
+
+/// In bytes, made on the device.
+impl<D: Device> Frame<D> for Picture<'_> {
+    fn columns(
+        tower: &mut VisionTower<D>,
+        device: &D,
+        frames: impl ExactSizeIterator<Item = Self>,
+    ) -> Result<(), ModelError> {
+        let (patches, column) = (tower.config.patches(), tower.unfold(1).column());
+        grow(device, &mut tower.columns, &[frames.len() * patches, column])?;
+        for (i, picture) in frames.enumerate() {
+            device.picture_patches(&picture, tower.config.patch, &mut tower.columns, i * patches * column)?;
+        }
+        Ok(())
+    }
 }
 
 impl<D: Device> VisionTower<D> {
@@ -78,7 +124,8 @@ impl<D: Device> VisionTower<D> {
         })
     }
 
-    /// Normalised frames `[frames, 3, side, side]` → states `[frames · patches, width]` behind the selected layer.
+    /// Normalised frames `[frames, 3, side, side]` → states `[frames · patches, width]` behind the selected layer. Frames that
+    /// are equal (a still, a clip shorter than the window) are computed once.
     pub(super) fn forward(&mut self, device: &D, pixels: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
         let side = self.config.image;
         let frame = COLOURS * side * side;
@@ -87,12 +134,7 @@ impl<D: Device> VisionTower<D> {
             let reason = format!("{} values are no whole number of frames of [3, {side}, {side}]", pixels.len());
             return Err(ModelError::input("pixel values", reason));
         }
-        self.host.clear();
-        self.host.extend(pixels.chunks_exact(frame).flat_map(|frame| {
-            let plane = side * side;
-            (0..plane).flat_map(move |i| (0..COLOURS).map(move |c| frame[c * plane + i]))
-        }));
-        self.forward_host(device, frames, out)
+        self.forward_distinct(device, frames, |i| &pixels[i * frame..][..frame], out)
     }
 
     /// Packed 8-bit RGB frames `[side, side, 3]` each, normalised to -1..1 → states as in [`Self::forward`].
@@ -103,29 +145,40 @@ impl<D: Device> VisionTower<D> {
             let reason = format!("each frame must be {side} x {side} packed RGB, and there must be one");
             return Err(ModelError::input("frames", reason));
         }
-        self.host.clear();
-        let normalise = |v: u8| (f32::from(v) / 255.0 - 0.5) / 0.5;
-        self.host.extend(frames.iter().flat_map(|f| f.iter().copied().map(normalise)));
-        self.forward_host(device, frames.len(), out)
+        self.forward_distinct(device, frames.len(), |i| Picture::of_rgb(frames[i], side), out)
     }
 
-    /// The frames in `self.host`, channels last. Frames that are equal (a still, a clip shorter than the window) are
-    /// computed once.
-    fn forward_host(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
-        let frame = self.host.len() / frames;
-        let equal = |i: usize, j: usize| self.host[i * frame..][..frame] == self.host[j * frame..][..frame];
-        let first_equal = |i: usize| (0..i).find(|&j| equal(i, j)).unwrap_or(i);
+    /// Pictures of the tower's side that are made on the device → states as in [`Self::forward`].
+    pub(super) fn forward_pictures(
+        &mut self,
+        device: &D,
+        pictures: &[Picture<'_>],
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let side = self.config.image;
+        if pictures.is_empty() || pictures.iter().any(|picture| picture.side != side) {
+            let reason = format!("each must be {side} x {side}, and there must be one");
+            return Err(ModelError::input("frames", reason));
+        }
+        self.forward_distinct(device, pictures.len(), |i| pictures[i], out)
+    }
+
+    /// Frames, of which equal ones are computed once. `at` gives them by their number.
+    fn forward_distinct<F: Frame<D>>(
+        &mut self,
+        device: &D,
+        frames: usize,
+        at: impl Fn(usize) -> F,
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
+        let first_equal = |i: usize| (0..i).find(|&j| at(i) == at(j)).unwrap_or(i);
         if (0..frames).all(|i| first_equal(i) == i) {
-            return self.encode(device, frames, out);
+            return self.encode(device, frames, at, out);
         }
         let first: Vec<usize> = (0..frames).map(first_equal).collect();
         let distinct: Vec<usize> = (0..frames).filter(|&i| first[i] == i).collect();
-        for (to, &from) in distinct.iter().enumerate() {
-            self.host.copy_within(from * frame..(from + 1) * frame, to * frame);
-        }
-        self.host.truncate(distinct.len() * frame);
         let mut states = std::mem::replace(&mut self.distinct, Rows::empty(device)?);
-        let encoded = self.encode(device, distinct.len(), &mut states);
+        let encoded = self.encode(device, distinct.len(), |i| at(distinct[i]), &mut states);
         self.distinct = states;
         encoded?;
         let (patches, width) = (self.config.patches(), self.config.width);
@@ -138,49 +191,57 @@ impl<D: Device> VisionTower<D> {
         Ok(())
     }
 
-    /// The first `frames` frames in `self.host`, a run after the other.
-    fn encode(&mut self, device: &D, frames: usize, out: &mut Rows<D>) -> Result<(), ModelError> {
+    /// Frames, a run after the other.
+    fn encode<F: Frame<D>>(
+        &mut self,
+        device: &D,
+        frames: usize,
+        at: impl Fn(usize) -> F,
+        out: &mut Rows<D>,
+    ) -> Result<(), ModelError> {
         let (patches, width) = (self.config.patches(), self.config.width);
         out.resize(device, frames * patches, width)?;
         self.encoded += frames as u64;
         let a_run = (RUN / patches).clamp(1, frames);
         if a_run == frames {
-            return self.encode_run(device, 0..frames, &mut out.buffer);
+            F::columns(self, device, (0..frames).map(at))?;
+            return self.encode_run(device, frames, &mut out.buffer);
         }
         let mut states = std::mem::replace(&mut self.run, allocate(device, &[0])?);
         grow(device, &mut states, &[a_run * patches, width])?;
         for first in (0..frames).step_by(a_run) {
             let run = first..frames.min(first + a_run);
-            self.encode_run(device, run.clone(), &mut states)?;
-            device.copy(&states, 0, &mut out.buffer, first * patches * width, run.len() * patches * width)?;
+            let size = run.len();
+            F::columns(self, device, run.map(&at))?;
+            self.encode_run(device, size, &mut states)?;
+            device.copy(&states, 0, &mut out.buffer, first * patches * width, size * patches * width)?;
         }
         self.run = states;
         Ok(())
     }
 
-    /// Some frames in `self.host` → states `[frames · patches, width]`.
-    fn encode_run(&mut self, device: &D, frames: Range<usize>, states: &mut D::Buffer) -> Result<(), ModelError> {
+    /// How planes, or some of them, become columns.
+    fn unfold(&self, frames: usize) -> Unfold {
         let VisionConfig { image, patch, .. } = self.config;
-        let patches = self.config.patches();
-        let unfold = Unfold {
-            size: [frames.len(), image, image],
+        Unfold {
+            size: [frames, image, image],
             channels: COLOURS,
             kernel: [1, patch, patch],
             stride: [1, patch, patch],
             pad_before: [0; 3],
             pad_after: [0; 3],
-        };
-        let (rows, frame) = (frames.len() * patches, COLOURS * image * image);
-        let host = &self.host[frames.start * frame..frames.end * frame];
-        grow(device, &mut self.pixels, &[host.len()])?;
-        grow(device, &mut self.columns, &[rows, unfold.column()])?;
-        device.write(host, &mut self.pixels, 0)?;
-        self.encoder.prepare(device, frames.len(), patches)?;
+        }
+    }
+
+    /// The columns of some frames → states `[frames · patches, width]`.
+    fn encode_run(&mut self, device: &D, frames: usize, states: &mut D::Buffer) -> Result<(), ModelError> {
+        let patches = self.config.patches();
+        let rows = frames * patches;
+        self.encoder.prepare(device, frames, patches)?;
         device.replay(&mut self.replay, || {
-            device.unfold(&self.pixels, unfold, &mut self.columns)?;
             self.patch_embedding.forward(device, &self.columns, rows, Activation::Identity, states)?;
             device.add_positions(states, rows, &self.positions, 0)?;
-            self.encoder.run(device, states, frames.len(), patches)
+            self.encoder.run(device, states, frames, patches)
         })?;
         Ok(())
     }

@@ -12,8 +12,7 @@ use candor_kernels::Device;
 
 use super::WatchError;
 use crate::media::face::{FaceDetector, FaceError, WindowFace, follow_largest};
-use crate::media::resize::append_pixels;
-use crate::media::{FaceBox, Frame, PixelLayout, Preprocess, Square};
+use crate::media::{FaceBox, Frame, Preprocess, Square};
 use crate::model::{Model, Rows};
 
 /// A frame that was looked at, and the faces found in it.
@@ -52,7 +51,6 @@ pub(super) struct Frames<D: Device> {
     next_key: u64,
     fresh: Rows<D>,
     assembled: Rows<D>,
-    pixels: Vec<f32>,
     /// Frames that faces were looked for in.
     pub(super) frames_searched: u64,
     /// Time that the last call of [`Frames::features`] spent on cutting and scaling pictures.
@@ -70,7 +68,6 @@ impl<D: Device> Frames<D> {
             next_key: 0,
             fresh: room()?,
             assembled: room()?,
-            pixels: Vec::new(),
             frames_searched: 0,
             pictures_time: Duration::ZERO,
         })
@@ -78,8 +75,7 @@ impl<D: Device> Frames<D> {
 
     /// Bytes of host memory, beside the device's.
     pub(super) fn host_bytes(&self) -> usize {
-        let pictures: usize = self.seen.iter().map(|seen| seen.picture.len()).sum();
-        self.pixels.capacity() * size_of::<f32>() + pictures
+        self.seen.iter().map(|seen| seen.picture.len()).sum()
     }
 
     /// Forgets the pictures: their states are no longer where [`Frames::features`] put them.
@@ -132,11 +128,10 @@ impl<D: Device> Frames<D> {
         let started = Instant::now();
         // What fails on the way leaves nothing behind.
         let last = std::mem::take(&mut self.seen);
-        self.pixels.clear();
         let mut seen: Vec<Seen> = Vec::with_capacity(wanted);
         // Where each picture's states are: a place of the last window, or one of the fresh.
         let mut from: Vec<Result<usize, usize>> = Vec::with_capacity(wanted);
-        let mut fresh = 0;
+        let mut fresh: Vec<Arc<[u8]>> = Vec::new();
         for place in 0..wanted {
             let (frame, square) = (frames.get(place), squares.get(place).copied());
             if let Some(old) = last.iter().position(|last| last.is(frame, square)) {
@@ -156,16 +151,16 @@ impl<D: Device> Frames<D> {
                 seen.push(new(seen[twin].key, picture));
                 from.push(from[twin]);
             } else {
-                append_pixels(&picture, PixelLayout::ChannelsFirst, &mut self.pixels);
+                from.push(Err(fresh.len()));
+                fresh.push(Arc::clone(&picture));
                 seen.push(new(self.next_key, picture));
-                from.push(Err(fresh));
                 self.next_key += 1;
-                fresh += 1;
             }
         }
         self.pictures_time = started.elapsed();
-        if fresh > 0 {
-            model.vision_features(&self.pixels, &mut self.fresh)?;
+        if !fresh.is_empty() {
+            let fresh: Vec<&[u8]> = fresh.iter().map(|picture| &**picture).collect();
+            model.vision_features_rgb(&fresh, &mut self.fresh)?;
         }
         let unmoved = from.iter().enumerate().all(|(place, from)| *from == Ok(place));
         if !unmoved {

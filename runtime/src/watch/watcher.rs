@@ -10,7 +10,7 @@ use super::policy::{Policy, PolicyError, Task, write_reason};
 use super::reuse::{Reuse, Work};
 use crate::manifest::{Manifest, ManifestError};
 use crate::media::face::{FaceDetector, FaceError, WindowFace};
-use crate::media::resize::{PixelLayout, Preprocess, PreprocessError};
+use crate::media::resize::{Preprocess, PreprocessError};
 use crate::media::sampling::SettingsError;
 use crate::media::{FaceCrop, Fit, Frame, Window, WindowSettings};
 use crate::model::gate::BRANCHES;
@@ -371,9 +371,10 @@ impl<D: Device> Watcher<D> {
             Some(keys)
         } else {
             let frames = self.model.config().frames;
-            let pixels = self.preprocess.pixels(&window.frames, &squares, frames, PixelLayout::ChannelsFirst)?;
+            let pictures = self.preprocess.pictures(&window.frames, &squares, frames)?;
             times.pixels = lap.take();
-            self.model.vision_features(&pixels, &mut self.features)?;
+            let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
+            self.model.vision_features_rgb(&pictures, &mut self.features)?;
             None
         };
         self.explain(observation, keys, times, started, lap)

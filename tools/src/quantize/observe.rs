@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candor_kernels::cpu::gemm::{MatrixRef, Precision, gemm};
 use candor_kernels::cpu::{CpuBuffer, CpuCache, CpuDevice, CpuWeight};
 use candor_kernels::device::Result;
+use candor_kernels::pixels::Picture;
 use candor_kernels::{Activation, AttentionShape, CacheType, Device, HostTensor, Unfold};
 
 /// `Σ x · xᵀ` over the inputs of a layer, `[inputs, inputs]`.
@@ -259,6 +260,9 @@ impl Device for Observer {
     }
     fn unfold(&self, x: &CpuBuffer, unfold: Unfold, out: &mut CpuBuffer) -> Result<()> {
         self.inner.unfold(x, unfold, out)
+    }
+    fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut CpuBuffer, offset: usize) -> Result<()> {
+        self.inner.picture_patches(picture, patch, out, offset)
     }
     fn depthwise3x3(
         &self,
