@@ -5,12 +5,14 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 mod check;
+pub mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
 pub mod scales;
 pub mod tensor;
 
+pub use choice::{Allowed, AllowedIds, Choice, ChoiceError};
 pub use device::{Activation, AttentionShape, CacheType, Device, DeviceError, Unfold};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

@@ -33,6 +33,7 @@ mod launch;
 mod layers;
 pub mod ledger;
 mod roof;
+mod sample;
 mod self_test;
 mod weight;
 
@@ -46,6 +47,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
+use crate::choice::{Allowed, Choice};
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold, rope_frequencies};
 use crate::tensor::HostTensor;
 use driver::{Gpu, failed};
@@ -71,6 +73,7 @@ struct Inner {
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
     parts: Mutex<attention::Parts>,
+    choosing: Mutex<sample::Choosing>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -143,8 +146,14 @@ impl CudaDevice {
 
     fn with_gpu(gpu: Gpu, image: &launch::Images<'_>) -> std::result::Result<Self, CudaError> {
         let kernels = Kernels::load(&gpu, image)?;
-        let inner =
-            Inner { gpu, kernels, frequencies: Mutex::default(), scratch: Mutex::default(), parts: Mutex::default() };
+        let inner = Inner {
+            gpu,
+            kernels,
+            frequencies: Mutex::default(),
+            scratch: Mutex::default(),
+            parts: Mutex::default(),
+            choosing: Mutex::default(),
+        };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
 
@@ -813,5 +822,16 @@ impl Device for CudaDevice {
             add_to = 1;
         }
         Ok(())
+    }
+
+    fn choose(
+        &self,
+        logits: &CudaBuffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32> {
+        sample::choose(self, logits, vocabulary, allowed, forbidden, choice)
     }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // not every test uses all of it
 
 pub(crate) mod attention;
+pub(crate) mod choice;
 
 use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};
 use rand::{Rng, SeedableRng};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candor_kernels::{Activation, AttentionShape, CacheType, Device, DeviceError, HostTensor};
+use candor_kernels::{Activation, Allowed, AttentionShape, CacheType, Choice, Device, DeviceError, HostTensor};
 
 use super::adapter::{Adapter, AdapterError};
 use super::config::DecoderConfig;
@@ -401,10 +401,13 @@ pub struct Session<D: Device> {
     reading: Reading,
     work: Work<D>,
     last: D::Buffer,
+    /// The logits behind the last position.
     head_out: D::Buffer,
     /// Where only some rows of the output head are computed.
     head: Option<Head<D>>,
+    /// The logits on the host, once they were asked for.
     logits: Vec<f32>,
+    are_read: bool,
 }
 
 /// How much a session has read since it was made.
@@ -450,6 +453,7 @@ impl<D: Device> Session<D> {
             head_out: allocate(&device, &[vocabulary])?,
             head: None,
             logits: vec![0.0; vocabulary],
+            are_read: true,
             decoder,
         })
     }
@@ -466,7 +470,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Forgets everything and reads a prompt. Afterwards [`LanguageModel::logits`] are those behind its last position.
-    pub fn start(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    pub fn start(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         self.forget(0);
         self.read(pieces)
     }
@@ -480,7 +484,7 @@ impl<D: Device> Session<D> {
     /// # Errors
     /// Those of [`Session::start`]: no positions, more than the capacity, rows `[n, width]` of another width than the
     /// decoder's.
-    pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         let common = self.held.common(pieces).min(self.position);
         self.forget(if common < KEPT { 0 } else { common });
         self.read(pieces)
@@ -498,7 +502,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Reads a prompt from the end of the cache on.
-    fn read(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    fn read(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         let width = self.decoder.config.width;
         let needed: usize = pieces.iter().map(Piece::len).sum();
         if needed == 0 {
@@ -539,8 +543,7 @@ impl<D: Device> Session<D> {
         if filled > 0 {
             self.forward(filled)?;
         }
-        self.compute_logits()?;
-        Ok(&self.logits)
+        Ok(self.compute_logits()?)
     }
 
     /// Bytes of the cache that a position takes, over all layers.
@@ -630,11 +633,11 @@ impl<D: Device> Session<D> {
     fn compute_logits(&mut self) -> Result<(), DeviceError> {
         let Decoder { device, config, .. } = &*self.decoder;
         device.copy(&self.states, (self.position - 1) * config.width, &mut self.last, 0, config.width)?;
-        if let Some(head) = &mut self.head {
-            return head.logits(device, &self.last, &mut self.logits);
+        self.are_read = false;
+        match &mut self.head {
+            Some(head) => head.logits(device, &self.last, &mut self.logits, &mut self.head_out),
+            None => self.decoder.logits(&self.last, 1, &mut self.head_out),
         }
-        self.decoder.logits(&self.last, 1, &mut self.head_out)?;
-        device.read(&self.head_out, 0, &mut self.logits)
     }
 }
 
@@ -651,7 +654,7 @@ impl<D: Device> LanguageModel for Session<D> {
         self.capacity
     }
 
-    fn append(&mut self, tokens: &[u32]) -> Result<&[f32], DecodeError> {
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DecodeError> {
         let needed = self.position.saturating_add(tokens.len());
         if tokens.is_empty() {
             return Err(DecodeError::NoTokens);
@@ -669,12 +672,20 @@ impl<D: Device> LanguageModel for Session<D> {
             self.held.push_tokens(ids);
             self.forward(ids.len())?;
         }
-        self.compute_logits()?;
+        Ok(self.compute_logits()?)
+    }
+
+    fn logits(&mut self) -> Result<&[f32], DecodeError> {
+        if !self.are_read {
+            self.decoder.device.read(&self.head_out, 0, &mut self.logits)?;
+            self.are_read = true;
+        }
         Ok(&self.logits)
     }
 
-    fn logits(&self) -> &[f32] {
-        &self.logits
+    fn choose(&mut self, allowed: Allowed<'_>, forbidden: &[u32], choice: Choice) -> Result<u32, DecodeError> {
+        let vocabulary = self.vocabulary();
+        Ok(self.decoder.device.choose(&self.head_out, vocabulary, allowed, forbidden, choice)?)
     }
 
     fn truncate(&mut self, position: usize) -> Result<(), DecodeError> {
