@@ -5,7 +5,7 @@
 //
 // Weights, exp((logit - greatest) / temperature), become integers of up to 62 bits: their sums do not depend on the order in
 // which threads come, so that equal logits and points give equal tokens in every run and on every GPU. A weight is good to some
-// 10⁻⁷ of itself.
+// 10⁻⁷ of itself. Different logits are in the order of the logits even where a temperature above some 10⁹ makes them as probable.
 #include "common.cuh"
 
 using Sum = unsigned long long;
@@ -242,7 +242,8 @@ __device__ __forceinline__ void add_to_bins(bool in, unsigned bin, Sum weight, S
     unsigned lane = threadIdx.x % 32, open = __ballot_sync(EVERY_LANE, in);
     for (int round = 0; round < 2 && open; round++) {
         unsigned leader = __ffs((int)open) - 1;
-        bool same = in && bin == __shfl_sync(EVERY_LANE, bin, (int)leader);
+        unsigned its = __shfl_sync(EVERY_LANE, bin, (int)leader);
+        bool same = in && bin == its;
         unsigned together = __ballot_sync(EVERY_LANE, same);
         Sum sum = same ? weight : 0;
         for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(EVERY_LANE, sum, apart);

@@ -1,8 +1,9 @@
 //! Decoder sessions: runs, roll-back, reuse, and inputs that do not fit.
 
 use candor::model::{DecodeError, LanguageModel, Model, ModelError, Piece, Rows, Session};
+use candor_kernels::choice::choose;
 use candor_kernels::cpu::CpuDevice;
-use candor_kernels::{Allowed, Choice};
+use candor_kernels::{Allowed, Choice, Device};
 
 use super::weights::{Case, uniform, write_folder};
 use super::{device, relative_error};
@@ -11,10 +12,14 @@ use super::{device, relative_error};
 const CLOSE: f64 = 1e-5;
 
 fn open() -> Model<CpuDevice> {
+    open_on(device())
+}
+
+fn open_on<D: Device>(device: D) -> Model<D> {
     let case = Case::load("even");
     let folder = tempfile::tempdir().expect("a temporary folder");
     write_folder(folder.path(), &case.config("tied.f32"), &case.tensors("tied.f32"));
-    Model::open(folder.path(), device()).expect("the model opens")
+    Model::open(folder.path(), device).expect("the model opens")
 }
 
 fn ids(count: usize) -> Vec<u32> {
@@ -314,4 +319,33 @@ fn a_restricted_head_gives_the_same_logits_for_what_it_has() {
     for tokens in [&[][..], &[97], &[4, 3], &[5, 5]] {
         assert!(session.restrict_head(Some(tokens)).is_err(), "{tokens:?}");
     }
+}
+
+/// What a session chooses on its device is what its logits say, of all tokens and with a head of some.
+pub(super) fn check_choices_on<D: Device>(device: D) {
+    let model = open_on(device);
+    let text = ids(30);
+    let mut session = model.session(40).expect("a session");
+    let all: Vec<u32> = (0..97).collect();
+    for head in [None, Some(&[3, 4, 50, 95][..]), None] {
+        session.restrict_head(head).expect("they are tokens");
+        session.start(&[Piece::Tokens(&text)]).expect("it fits");
+        for number in 0..8u32 {
+            let drawn = |top_p| Choice::Drawn { temperature: 0.8, top_p, point: (f64::from(number) + 0.3) / 8.0 };
+            for choice in [Choice::Greedy, drawn(1.0), drawn(0.9)] {
+                for allowed in [&all[..], &[0, 4, 5, 50], &[7]] {
+                    let chosen = session.choose(Allowed::Ids(allowed), &[50], choice).expect("there are logits");
+                    let logits = session.logits().expect("they are there");
+                    let expected = choose(logits, Allowed::Ids(allowed), &[50], choice, &mut Vec::new());
+                    assert_eq!(Ok(chosen), expected, "{head:?} {choice:?} of {allowed:?}");
+                }
+            }
+            session.append(&[number]).expect("it fits");
+        }
+    }
+}
+
+#[test]
+fn a_session_chooses_what_its_logits_say() {
+    check_choices_on(device());
 }

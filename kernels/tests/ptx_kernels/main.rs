@@ -131,7 +131,7 @@ const IN_OTHERS: &[Planted] = &[
         "(unsigned)__popc(together));\n        }",
     ),
     (
-        sample::nucleus,
+        sample::any,
         "sample",
         87,
         "    Found found = {search.at, search.before, search.weight, total};\n    __syncthreads();",

@@ -112,7 +112,7 @@ pub(crate) fn equal_logits<D: Device>(device: &D) {
         let choice = Choice::Drawn { temperature: 1.0, top_p, point };
         device.choose(&t.buffer(logits), logits.len(), Allowed::Ids(&all(logits.len())), &[], choice)
     };
-    for count in [1, 2, 8, 10, 5000] {
+    for count in [1usize, 2, 8, 10, 5000] {
         for (top_p, kept) in [(1.0, count), (0.5, count.div_ceil(2)), (1e-30, 1)] {
             for place in [0, kept / 2, kept - 1] {
                 let point = (place as f64 + 0.5) / kept as f64;
