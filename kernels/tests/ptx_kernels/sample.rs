@@ -104,7 +104,7 @@ impl Choosing {
 pub(crate) fn most(machine: &mut Machine) {
     for (vocabulary, listed) in [(1, true), (77, false), (5001, true), (8193, false)] {
         let logits = machine.numbers(vocabulary);
-        let allowed = |id: u32| id % 3 == 0;
+        let allowed = |id: u32| id.is_multiple_of(3);
         let choosing = Choosing::new(machine, logits.clone(), listed, allowed);
         let logit = |id: u32| logits[id as usize];
         let best = choosing.ids.iter().copied().reduce(|best, id| if logit(id) > logit(best) { id } else { best });
