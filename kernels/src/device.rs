@@ -4,6 +4,7 @@
 //! stay in the type they are stored in and every product is accumulated in f32. A new operation goes into this
 //! trait, every device, and the conformance test in one change.
 
+use crate::choice::{Allowed, Choice, ChoiceError};
 use crate::pixels::{Picture, PictureError};
 use crate::tensor::HostTensor;
 
@@ -48,6 +49,9 @@ pub enum DeviceError {
         /// What is wrong.
         source: crate::cuda::CudaError,
     },
+    /// No token could be chosen.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
 }
 
 /// Result of a device operation.
@@ -503,4 +507,18 @@ pub trait Device: Clone + Send + Sync + 'static {
     ) -> Result<()>;
     /// `out[i] = Σ_j weights[j] · parts[j][i]` for the first `len` elements.
     fn weighted_sum(&self, parts: &[&Self::Buffer], weights: &[f32], len: usize, out: &mut Self::Buffer) -> Result<()>;
+
+    /// Chooses one of the allowed tokens by their logits `[vocabulary]`, as [`crate::choice::choose`] has it: `forbidden`
+    /// tokens are not chosen even where they are allowed. Waits for the token, and copies no more than that.
+    ///
+    /// # Errors
+    /// [`DeviceError::Choice`]: a setting or an id out of range, any logit that is no number, nothing allowed.
+    fn choose(
+        &self,
+        logits: &Self::Buffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32>;
 }

@@ -5,6 +5,7 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 mod check;
+pub mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
@@ -12,6 +13,7 @@ pub mod pixels;
 pub mod scales;
 pub mod tensor;
 
+pub use choice::{Allowed, AllowedIds, Choice, ChoiceError};
 pub use device::{Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Unfold};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

@@ -32,6 +32,17 @@ on_every_level! {
     bilinear several_at_once pictures
 }
 
+macro_rules! choices {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            suite::choice::$name(&CpuDevice::new(Some(1)));
+        }
+    )*};
+}
+
+choices! { choices equal_logits shares_of_a_large_vocabulary choices_refuse }
+
 /// To the bit where activations are not rounded, and elsewhere for views that begin and end at multiples of 16 rows: the last
 /// few rows of a product of bytes are summed another way than those that come in fours.
 #[test]

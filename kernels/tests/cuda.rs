@@ -41,6 +41,17 @@ fn caches_refuse_what_they_cannot_hold() {
     suite::attention::caches_refuse_what_they_cannot_hold(&stand_in::device());
 }
 
+macro_rules! choices {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            suite::choice::$name(&stand_in::device());
+        }
+    )*};
+}
+
+choices! { choices equal_logits shares_of_a_large_vocabulary choices_refuse }
+
 /// As above, by the kernels that are used for speed.
 #[test]
 fn several_at_once_and_fast() {

@@ -25,3 +25,9 @@ fn classifiers() {
     check_classifier_on(&stand_in::device().exact(), "bert");
     check_classifier_on(&stand_in::device().exact(), "roberta");
 }
+
+#[test]
+fn a_session_chooses_what_its_logits_say() {
+    super::sessions::check_choices_on(stand_in::device().exact());
+    super::sessions::check_choices_on(stand_in::device());
+}

@@ -1,7 +1,9 @@
 //! Decoder sessions: runs, roll-back, reuse, and inputs that do not fit.
 
 use candor::model::{DecodeError, LanguageModel, Model, ModelError, Piece, Rows, Session};
+use candor_kernels::choice::choose;
 use candor_kernels::cpu::CpuDevice;
+use candor_kernels::{Allowed, Choice, Device};
 
 use super::weights::{Case, uniform, write_folder};
 use super::{device, relative_error};
@@ -10,10 +12,14 @@ use super::{device, relative_error};
 const CLOSE: f64 = 1e-5;
 
 fn open() -> Model<CpuDevice> {
+    open_on(device())
+}
+
+fn open_on<D: Device>(device: D) -> Model<D> {
     let case = Case::load("even");
     let folder = tempfile::tempdir().expect("a temporary folder");
     write_folder(folder.path(), &case.config("tied.f32"), &case.tensors("tied.f32"));
-    Model::open(folder.path(), device()).expect("the model opens")
+    Model::open(folder.path(), device).expect("the model opens")
 }
 
 fn ids(count: usize) -> Vec<u32> {
@@ -21,7 +27,18 @@ fn ids(count: usize) -> Vec<u32> {
 }
 
 fn start(session: &mut Session<CpuDevice>, ids: &[u32]) -> Vec<f32> {
-    session.start(&[Piece::Tokens(ids)]).expect("the prompt fits").to_vec()
+    session.start(&[Piece::Tokens(ids)]).expect("the prompt fits");
+    logits(session)
+}
+
+fn logits(session: &mut Session<CpuDevice>) -> Vec<f32> {
+    session.logits().expect("they are there").to_vec()
+}
+
+/// The logits behind more tokens.
+fn append(session: &mut Session<CpuDevice>, ids: &[u32]) -> Vec<f32> {
+    session.append(ids).expect("it fits");
+    logits(session)
 }
 
 #[test]
@@ -29,20 +46,20 @@ fn long_prompts_go_in_runs() {
     let model = open();
     let text = ids(300);
     let mut whole = model.session(300).expect("a session");
-    let logits = start(&mut whole, &text);
+    let expected = start(&mut whole, &text);
     let mut single = model.session(300).expect("a session");
     start(&mut single, &text[..1]);
     for token in &text[1..] {
         single.append(&[*token]).expect("it fits");
     }
     assert_eq!(single.position(), 300);
-    assert!(relative_error(single.logits(), &logits) < CLOSE);
+    assert!(relative_error(&logits(&mut single), &expected) < CLOSE);
     let mut mixed = model.session(300).expect("a session");
     start(&mut mixed, &text[..7]);
-    assert!(relative_error(mixed.append(&text[7..]).expect("it fits"), &logits) < CLOSE);
+    assert!(relative_error(&append(&mut mixed, &text[7..]), &expected) < CLOSE);
     let all = whole.all_logits().expect("held");
     assert!(relative_error(&single.all_logits().expect("held"), &all) < CLOSE);
-    assert!(relative_error(&all[299 * 97..], &logits) < CLOSE);
+    assert!(relative_error(&all[299 * 97..], &expected) < CLOSE);
 }
 
 #[test]
@@ -51,15 +68,15 @@ fn roll_back_restores_the_logits() {
     let text = ids(40);
     let mut session = model.session(40).expect("a session");
     let before = start(&mut session, &text[..20]);
-    let first = session.append(&text[20..30]).expect("it fits").to_vec();
+    let first = append(&mut session, &text[20..30]);
     session.truncate(20).expect("it is held");
-    assert_eq!((session.position(), session.logits()), (20, &before[..]));
-    let other = session.append(&text[30..]).expect("it fits").to_vec();
+    assert_eq!((session.position(), logits(&mut session)), (20, before));
+    let other = append(&mut session, &text[30..]);
     assert!(relative_error(&other, &first) > CLOSE, "other tokens give other logits");
     session.truncate(20).expect("it is held");
-    assert_eq!(session.append(&text[20..30]).expect("it fits"), &first[..]);
+    assert_eq!(append(&mut session, &text[20..30]), first);
     session.truncate(30).expect("nothing to forget");
-    assert_eq!(session.logits(), &first[..]);
+    assert_eq!(logits(&mut session), first);
     for bad in [0, 31, usize::MAX] {
         assert!(matches!(session.truncate(bad), Err(DecodeError::Truncate { held: 30, .. })));
     }
@@ -80,11 +97,11 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     let model = open();
     let text = ids(12);
     let mut session = model.session(10).expect("a session");
-    let logits = start(&mut session, &text[..8]);
+    let before = start(&mut session, &text[..8]);
     assert!(matches!(session.append(&text[..3]), Err(DecodeError::Full { capacity: 10, needed: 11 })));
     assert!(matches!(session.append(&[]), Err(DecodeError::NoTokens)));
     assert!(matches!(session.append(&[5, 97]), Err(DecodeError::Token { id: 97, vocabulary: 97 })));
-    assert_eq!((session.position(), session.logits()), (8, &logits[..]));
+    assert_eq!((session.position(), logits(&mut session)), (8, before));
     assert!(matches!(
         session.start(&[Piece::Tokens(&text)]),
         Err(ModelError::Decode(DecodeError::Full { needed: 12, .. }))
@@ -162,18 +179,20 @@ fn equal_frames_have_the_features_that_each_has_alone() {
 /// The logits that `start` gives, and those that `start_again` gives behind another prompt; and positions it read.
 fn again(model: &Model<CpuDevice>, before: &[Piece<'_, CpuDevice>], prompt: &[Piece<'_, CpuDevice>]) -> (f64, u64) {
     let mut session = model.session(400).expect("a session");
-    let plain = session.start(prompt).expect("the prompt fits").to_vec();
+    session.start(prompt).expect("the prompt fits");
+    let plain = logits(&mut session);
     session.start(before).expect("the prompt fits");
     session.append(&[3, 4, 5]).expect("it fits");
     let read = session.reading().positions;
-    let logits = session.start_again(prompt).expect("the prompt fits").to_vec();
+    session.start_again(prompt).expect("the prompt fits");
+    let found = logits(&mut session);
     let read = session.reading().positions - read;
     assert_eq!(session.position(), prompt.iter().map(Piece::len).sum::<usize>());
     // What follows is the same too.
-    let behind = session.append(&[7, 8]).expect("it fits").to_vec();
+    let behind = append(&mut session, &[7, 8]);
     session.start(prompt).expect("the prompt fits");
-    let error = relative_error(&behind, session.append(&[7, 8]).expect("it fits"));
-    (relative_error(&logits, &plain).max(error), read)
+    let error = relative_error(&behind, &append(&mut session, &[7, 8]));
+    (relative_error(&found, &plain).max(error), read)
 }
 
 #[test]
@@ -209,22 +228,23 @@ fn rows_are_read_again_as_soon_as_they_are_written() {
         [Piece::Tokens(&text[..30]), Piece::Rows(rows), Piece::Tokens(&text[30..])]
     }
     let mut session = model.session(110).expect("a session");
-    let first = session.start(&prompt(&text, &rows)).expect("it fits").to_vec();
+    session.start(&prompt(&text, &rows)).expect("it fits");
+    let first = logits(&mut session);
     let read = |session: &mut Session<CpuDevice>, rows: &Rows<CpuDevice>| {
         let before = session.reading().positions;
-        let logits = session.start_again(&prompt(&text, rows)).expect("it fits").to_vec();
-        (session.reading().positions - before, logits)
+        session.start_again(&prompt(&text, rows)).expect("it fits");
+        (session.reading().positions - before, logits(session))
     };
     assert_eq!(read(&mut session, &rows), (0, first.clone()));
     rows.write(model.device(), &values, width).expect("whole rows");
-    let (positions, logits) = read(&mut session, &rows);
+    let (positions, found) = read(&mut session, &rows);
     assert_eq!(positions, 50);
-    assert!(relative_error(&logits, &first) < CLOSE);
+    assert!(relative_error(&found, &first) < CLOSE);
     let other: Vec<f32> = values.iter().map(|value| -value).collect();
     rows.write(model.device(), &other, width).expect("whole rows");
-    let (positions, logits) = read(&mut session, &rows);
+    let (positions, found) = read(&mut session, &rows);
     assert_eq!(positions, 50);
-    assert!(relative_error(&logits, &first) > CLOSE, "other rows give other logits");
+    assert!(relative_error(&found, &first) > CLOSE, "other rows give other logits");
 }
 
 #[test]
@@ -278,15 +298,54 @@ fn a_restricted_head_gives_the_same_logits_for_what_it_has() {
     let whole = start(&mut session, &text);
     for tokens in [&[0][..], &[96], &[3, 4, 50, 95], &(0..97).collect::<Vec<u32>>()] {
         session.restrict_head(Some(tokens)).expect("they are tokens");
-        let logits = start(&mut session, &text);
-        assert_eq!(logits.len(), whole.len());
-        for (id, (&logit, &whole)) in (0u32..).zip(logits.iter().zip(&whole)) {
-            assert_eq!(logit, if tokens.contains(&id) { whole } else { f32::MIN }, "{id} of {tokens:?}");
+        // The second time too, though what is between its parts is not written again.
+        for _ in 0..2 {
+            let logits = start(&mut session, &text);
+            assert_eq!(logits.len(), whole.len());
+            for (id, (&logit, &whole)) in (0u32..).zip(logits.iter().zip(&whole)) {
+                assert_eq!(logit, if tokens.contains(&id) { whole } else { f32::MIN }, "{id} of {tokens:?}");
+            }
         }
+        let best = tokens
+            .iter()
+            .copied()
+            .fold(tokens[0], |best, id| if whole[id as usize] > whole[best as usize] { id } else { best });
+        let all: Vec<u32> = (0..97).collect();
+        let chosen = session.choose(Allowed::Ids(&all), &[], Choice::Greedy).expect("there are logits");
+        assert_eq!(chosen, best, "of {tokens:?}");
     }
     session.restrict_head(None).expect("all rows");
     assert_eq!(start(&mut session, &text), whole);
     for tokens in [&[][..], &[97], &[4, 3], &[5, 5]] {
         assert!(session.restrict_head(Some(tokens)).is_err(), "{tokens:?}");
     }
+}
+
+/// What a session chooses on its device is what its logits say, of all tokens and with a head of some.
+pub(super) fn check_choices_on<D: Device>(device: D) {
+    let model = open_on(device);
+    let text = ids(30);
+    let mut session = model.session(40).expect("a session");
+    let all: Vec<u32> = (0..97).collect();
+    for head in [None, Some(&[3, 4, 50, 95][..]), None] {
+        session.restrict_head(head).expect("they are tokens");
+        session.start(&[Piece::Tokens(&text)]).expect("it fits");
+        for number in 0..8u32 {
+            let drawn = |top_p| Choice::Drawn { temperature: 0.8, top_p, point: (f64::from(number) + 0.3) / 8.0 };
+            for choice in [Choice::Greedy, drawn(1.0), drawn(0.9)] {
+                for allowed in [&all[..], &[0, 4, 5, 50], &[7]] {
+                    let chosen = session.choose(Allowed::Ids(allowed), &[50], choice).expect("there are logits");
+                    let logits = session.logits().expect("they are there");
+                    let expected = choose(logits, Allowed::Ids(allowed), &[50], choice, &mut Vec::new());
+                    assert_eq!(Ok(chosen), expected, "{head:?} {choice:?} of {allowed:?}");
+                }
+            }
+            session.append(&[number]).expect("it fits");
+        }
+    }
+}
+
+#[test]
+fn a_session_chooses_what_its_logits_say() {
+    check_choices_on(device());
 }

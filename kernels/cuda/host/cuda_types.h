@@ -68,6 +68,9 @@ inline float __uint_as_float(unsigned bits) { return cuda_host::bits_as<float>(b
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz((unsigned)bits) : 32; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 
 inline unsigned __brev(unsigned bits) {
     unsigned reversed = 0;

@@ -27,12 +27,14 @@ pub use plan::{Held, PlanBuffer, PlanDevice, PlanWeight};
 pub use report::KernelReport;
 
 use crate::check;
+use crate::choice::{self, Allowed, Choice};
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
 use crate::pixels::{self, Picture};
 use crate::tensor::{DType, HostTensor};
 use pool::ThreadPool;
 use simd::Level;
 use std::borrow::Cow;
+use std::sync::{Arc, Mutex};
 use stored::{small, values};
 
 /// The CPU as a device; clones share the threads.
@@ -43,6 +45,8 @@ pub struct CpuDevice {
     serial: ThreadPool,
     level: Level,
     exact: bool,
+    /// What choosing a token works in; one that comes while another is at it takes memory of its own.
+    candidates: Arc<Mutex<Vec<(u32, f64)>>>,
 }
 
 /// f32 activations in memory.
@@ -66,7 +70,13 @@ impl CpuDevice {
     }
 
     fn at(threads: Option<usize>, level: Level) -> Self {
-        CpuDevice { pool: ThreadPool::new(threads), serial: ThreadPool::new(Some(1)), level, exact: false }
+        CpuDevice {
+            pool: ThreadPool::new(threads),
+            serial: ThreadPool::new(Some(1)),
+            level,
+            exact: false,
+            candidates: Arc::default(),
+        }
     }
 
     /// The same with activations in f32 everywhere: slower where weights are quantised, and exact but for the rounding
@@ -500,5 +510,19 @@ impl Device for CpuDevice {
         check::at_least("weighted_sum", "out", out.0.len(), &[len])?;
         elementwise::weighted_sum(self.level, &self.pool, parts, weights, &mut out.0[..len]);
         Ok(())
+    }
+
+    fn choose(
+        &self,
+        logits: &CpuBuffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32> {
+        check::at_least("choose", "logits", logits.0.len(), &[vocabulary])?;
+        let (mut shared, mut own) = (self.candidates.try_lock(), Vec::new());
+        let candidates = shared.as_deref_mut().unwrap_or(&mut own);
+        Ok(choice::choose(&logits.0[..vocabulary], allowed, forbidden, choice, candidates)?)
     }
 }

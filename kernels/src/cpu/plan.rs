@@ -11,6 +11,7 @@ use super::cache::CpuCache;
 use super::gemm::panel_bytes;
 use super::linear::DOT_ROWS;
 use super::{CpuDevice, CpuWeight, is_widened};
+use crate::choice::{self, Allowed, Choice};
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
 use crate::pixels::Picture;
 use crate::tensor::HostTensor;
@@ -365,6 +366,10 @@ impl Device for PlanDevice {
 
     fn weighted_sum(&self, _: &[&PlanBuffer], _: &[f32], _: usize, _: &mut PlanBuffer) -> Result<()> {
         Ok(())
+    }
+
+    fn choose(&self, _: &PlanBuffer, _: usize, allowed: Allowed<'_>, forbidden: &[u32], _: Choice) -> Result<u32> {
+        choice::any(allowed, forbidden)
     }
 }
 

@@ -50,6 +50,7 @@ kernels! {
     position: rope;
     quantise: quantise;
     roof: read_all multiply_all;
+    sample: choose_most choose_any choose_nucleus;
 }
 
 /// Gives the image of a file of kernels.

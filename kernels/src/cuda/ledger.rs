@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layers::{FEW_ROWS, LAYERS};
+use crate::choice::{self, Allowed, Choice};
 use crate::device::{
     Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
 };
@@ -609,5 +610,31 @@ impl Device for LedgerDevice {
     fn weighted_sum(&self, parts: &[&LedgerBuffer], _: &[f32], len: usize, _: &mut LedgerBuffer) -> Result<()> {
         self.elementwise("weighted_sum", len, parts.len() + 1);
         Ok(())
+    }
+
+    fn choose(
+        &self,
+        _: &LedgerBuffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32> {
+        let words = match allowed {
+            Allowed::Ids(ids) => ids.len(),
+            Allowed::Bits(bits) => 2 * bits.len(),
+        };
+        let bytes = F32 * (vocabulary + words) as f64;
+        self.launch("choose_most", bytes, 0.0, vocabulary as f64);
+        if let Choice::Drawn { top_p, .. } = choice {
+            // An exponential is some twenty operations.
+            self.launch(
+                if top_p < 1.0 { "choose_nucleus" } else { "choose_any" },
+                bytes,
+                0.0,
+                20.0 * vocabulary as f64,
+            );
+        }
+        choice::any(allowed, forbidden)
     }
 }

@@ -38,6 +38,7 @@ pub mod ledger;
 mod pixels;
 mod replay;
 mod roof;
+mod sample;
 mod self_test;
 mod weight;
 
@@ -52,6 +53,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::check;
+use crate::choice::{Allowed, Choice};
 use crate::device::{
     Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
     rope_frequencies,
@@ -83,6 +85,7 @@ struct Inner {
     parts: Mutex<attention::Parts>,
     decoder: Mutex<decoder::Meeting>,
     pictures: Mutex<pixels::Kept>,
+    choosing: Mutex<sample::Choosing>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
@@ -163,6 +166,7 @@ impl CudaDevice {
             parts: Mutex::default(),
             decoder: Mutex::default(),
             pictures: Mutex::default(),
+            choosing: Mutex::default(),
         };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
@@ -852,5 +856,16 @@ impl Device for CudaDevice {
             add_to = 1;
         }
         Ok(())
+    }
+
+    fn choose(
+        &self,
+        logits: &CudaBuffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32> {
+        sample::choose(self, logits, vocabulary, allowed, forbidden, choice)
     }
 }

@@ -1,6 +1,7 @@
 //! Whether a GPU computes what the CPU does: every kernel once, on small inputs. A GPU that does not is not used.
 
 use super::{CudaDevice, CudaError};
+use crate::choice::{Allowed, Choice};
 use crate::cpu::CpuDevice;
 use crate::device::{Activation, AttentionShape, CacheType, Device, Result, Unfold};
 use crate::pixels::{Cut, Format, Outside, Picture, Pixels, Yuv};
@@ -86,6 +87,7 @@ fn outputs<D: Device>(device: &D) -> Result<Vec<(String, Vec<f32>)>> {
     elementwise(device, &buffer, &mut keep)?;
     volumes(device, &buffer, &mut keep)?;
     pictures(device, &mut keep)?;
+    choices(device, &buffer, &mut keep)?;
     Ok(found)
 }
 
@@ -230,4 +232,26 @@ fn volumes<D: Device>(
     let mut out = device.allocate(2 * 5 * 32)?;
     device.attention(&q, &k, &k, shape, &mut out)?;
     keep("attention", &out)
+}
+
+fn choices<D: Device>(
+    device: &D,
+    buffer: &impl Fn(usize, u32) -> Result<D::Buffer>,
+    keep: &mut impl FnMut(&str, &D::Buffer) -> Result<()>,
+) -> Result<()> {
+    // More than a block takes. Some hundreds of tokens are likely, none of the points is near a border.
+    let vocabulary = 5000;
+    let (logits, bits) = (buffer(vocabulary, 8)?, vec![!0; vocabulary / 64]);
+    let drawn = |top_p, point| Choice::Drawn { temperature: 0.01, top_p, point };
+    for (name, choice) in [
+        ("the greatest logit", Choice::Greedy),
+        ("a token drawn", drawn(1.0, 0.7)),
+        ("a token drawn from a nucleus", drawn(0.9, 0.7)),
+    ] {
+        let chosen = device.choose(&logits, vocabulary, Allowed::Bits(&bits), &[], choice)?;
+        let mut out = device.allocate(vocabulary)?;
+        device.write(&[1.0], &mut out, chosen as usize)?;
+        keep(name, &out)?;
+    }
+    Ok(())
 }

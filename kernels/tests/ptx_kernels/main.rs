@@ -20,6 +20,7 @@ mod machine;
 mod pictures;
 mod roof;
 mod rows;
+mod sample;
 mod volume;
 mod weight;
 
@@ -65,6 +66,9 @@ tests! {
     rows::norms: layer_norm rms_norm;
     rows::softmax: softmax;
     rows::rope: rope;
+    sample::most: choose_most;
+    sample::any: choose_most choose_any;
+    sample::nucleus: choose_most choose_nucleus;
     volume::convolutions: unfold depthwise3x3;
     volume::bilinear: bilinear;
 }
@@ -129,6 +133,30 @@ const IN_OTHERS: &[Planted] = &[
     ),
     (pictures::patches, "pixels", 72, "(x % 2 ? 2 : 4)", "4"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
+    (sample::most, "sample", 72, "state->broken = 0;\n    state->done = 0;", "state->broken = 0;"),
+    (sample::most, "sample", 87, "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
+    (
+        sample::any,
+        "sample",
+        87,
+        "__umul64hi(draw.point, total_of(own, search)) + 1",
+        "__umul64hi(draw.point, total_of(own, search)) + total_of(own, search) / 9",
+    ),
+    (sample::nucleus, "sample", 72, "(draw.share * total != 0)", "total / 9"),
+    (
+        sample::nucleus,
+        "sample",
+        87,
+        "(unsigned)__popc(together));\n        }\n        in = in && !same;",
+        "(unsigned)__popc(together));\n        }",
+    ),
+    (
+        sample::any,
+        "sample",
+        87,
+        "    Found found = {search.at, search.before, search.weight, total};\n    __syncthreads();",
+        "    Found found = {search.at, search.before, search.weight, total};",
+    ),
 ];
 
 #[cfg_attr(not(cuda_compilers), ignore = "needs the CUDA compilers: make cuda-proof")]

@@ -2,9 +2,11 @@
 #![allow(dead_code)] // not every test uses all of it
 
 pub(crate) mod attention;
+pub(crate) mod choice;
 pub(crate) mod decoder;
 pub(crate) mod pictures;
 
+#[allow(unused_imports)] // as above
 pub(crate) use pictures::pictures;
 
 use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};

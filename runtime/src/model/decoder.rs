@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use candor_kernels::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, HostTensor,
+    Activation, Allowed, AttentionShape, CacheType, Choice, DecoderBuffers, DecoderLayer, Device, DeviceError,
+    HostTensor,
 };
 
 use super::adapter::{Adapter, AdapterError};
@@ -483,10 +484,13 @@ pub struct Session<D: Device> {
     /// Passes of one token.
     replay: D::Replay,
     last: D::Buffer,
+    /// The logits behind the last position.
     head_out: D::Buffer,
     /// Where only some rows of the output head are computed.
     head: Option<Head<D>>,
+    /// The logits on the host, once they were asked for.
     logits: Vec<f32>,
+    are_read: bool,
 }
 
 /// How much a session has read since it was made.
@@ -533,6 +537,7 @@ impl<D: Device> Session<D> {
             head_out: allocate(&device, &[vocabulary])?,
             head: None,
             logits: vec![0.0; vocabulary],
+            are_read: true,
             decoder,
         })
     }
@@ -549,7 +554,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Forgets everything and reads a prompt. Afterwards [`LanguageModel::logits`] are those behind its last position.
-    pub fn start(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    pub fn start(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         self.forget(0);
         self.read(pieces)
     }
@@ -563,7 +568,7 @@ impl<D: Device> Session<D> {
     /// # Errors
     /// Those of [`Session::start`]: no positions, more than the capacity, rows `[n, width]` of another width than the
     /// decoder's.
-    pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    pub fn start_again(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         let common = self.held.common(pieces).min(self.position);
         self.forget(if common < KEPT { 0 } else { common });
         self.read(pieces)
@@ -581,7 +586,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Reads a prompt from the end of the cache on.
-    fn read(&mut self, pieces: &[Piece<'_, D>]) -> Result<&[f32], ModelError> {
+    fn read(&mut self, pieces: &[Piece<'_, D>]) -> Result<(), ModelError> {
         let width = self.decoder.config.width;
         let needed: usize = pieces.iter().map(Piece::len).sum();
         if needed == 0 {
@@ -622,8 +627,7 @@ impl<D: Device> Session<D> {
         if filled > 0 {
             self.forward(filled)?;
         }
-        self.compute_logits()?;
-        Ok(&self.logits)
+        Ok(self.compute_logits()?)
     }
 
     /// Bytes of the cache that a position takes, over all layers.
@@ -697,12 +701,14 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// Runs one token through every layer, as what the device replays.
+    /// Runs one token through every layer and the output head, as what the device replays.
     fn step(&mut self, id: u32) -> Result<(), DeviceError> {
-        let Session { decoder, work, caches, position, states, replay, .. } = self;
+        self.prepare_logits()?;
+        let Session { decoder, work, caches, position, states, replay, last, head, head_out, .. } = self;
         decoder.device.replay(replay, || {
             decoder.device.embed(&decoder.embedding, &[id], &mut work.x, 0)?;
-            pass(decoder, work, caches, states, *position, 1)
+            pass(decoder, work, caches, states, *position, 1)?;
+            logits(decoder, states, *position, head.as_mut(), last, head_out)
         })?;
         self.advance(1);
         Ok(())
@@ -714,15 +720,35 @@ impl<D: Device> Session<D> {
         self.reading.passes += 1;
     }
 
+    /// The logits that are on the host are no longer those of the last position.
+    fn prepare_logits(&mut self) -> Result<(), DeviceError> {
+        self.are_read = false;
+        let Session { decoder, head, head_out, logits, .. } = self;
+        head.as_mut().map_or(Ok(()), |head| head.prepare(&decoder.device, logits, head_out))
+    }
+
     /// The output head over the state of the last position.
     fn compute_logits(&mut self) -> Result<(), DeviceError> {
-        let Decoder { device, config, .. } = &*self.decoder;
-        device.copy(&self.states, (self.position - 1) * config.width, &mut self.last, 0, config.width)?;
-        if let Some(head) = &mut self.head {
-            return head.logits(device, &self.last, &mut self.logits);
-        }
-        self.decoder.logits(&self.last, 1, &mut self.head_out)?;
-        device.read(&self.head_out, 0, &mut self.logits)
+        self.prepare_logits()?;
+        let Session { decoder, position, states, last, head, head_out, .. } = self;
+        logits(decoder, states, *position - 1, head.as_mut(), last, head_out)
+    }
+}
+
+/// The output head over the state of a position, which `last` has room for.
+fn logits<D: Device>(
+    decoder: &Decoder<D>,
+    states: &D::Buffer,
+    position: usize,
+    head: Option<&mut Head<D>>,
+    last: &mut D::Buffer,
+    out: &mut D::Buffer,
+) -> Result<(), DeviceError> {
+    let Decoder { device, config, .. } = decoder;
+    device.copy(states, position * config.width, last, 0, config.width)?;
+    match head {
+        Some(head) => head.logits(device, last, out),
+        None => decoder.logits(last, 1, out),
     }
 }
 
@@ -755,7 +781,7 @@ impl<D: Device> LanguageModel for Session<D> {
         self.capacity
     }
 
-    fn append(&mut self, tokens: &[u32]) -> Result<&[f32], DecodeError> {
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DecodeError> {
         let needed = self.position.saturating_add(tokens.len());
         if tokens.is_empty() {
             return Err(DecodeError::NoTokens);
@@ -770,19 +796,29 @@ impl<D: Device> LanguageModel for Session<D> {
         for ids in tokens.chunks(self.run()) {
             self.held.truncate(self.position);
             self.held.push_tokens(ids);
-            if let &[id] = ids {
-                self.step(id)?;
-            } else {
-                self.decoder.embed(ids, &mut self.work, 0)?;
-                self.forward(ids.len())?;
+            match ids {
+                &[id] => self.step(id)?,
+                ids => {
+                    self.decoder.embed(ids, &mut self.work, 0)?;
+                    self.forward(ids.len())?;
+                    self.compute_logits()?;
+                }
             }
         }
-        self.compute_logits()?;
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<&[f32], DecodeError> {
+        if !self.are_read {
+            self.decoder.device.read(&self.head_out, 0, &mut self.logits)?;
+            self.are_read = true;
+        }
         Ok(&self.logits)
     }
 
-    fn logits(&self) -> &[f32] {
-        &self.logits
+    fn choose(&mut self, allowed: Allowed<'_>, forbidden: &[u32], choice: Choice) -> Result<u32, DecodeError> {
+        let vocabulary = self.vocabulary();
+        Ok(self.decoder.device.choose(&self.head_out, vocabulary, allowed, forbidden, choice)?)
     }
 
     fn truncate(&mut self, position: usize) -> Result<(), DecodeError> {

@@ -21,8 +21,8 @@ const IMPOSSIBLE: f32 = f32::MIN;
 /// Stretches of the output head's rows.
 pub(super) struct Head<D: Device> {
     parts: Vec<Part<D>>,
-    /// Rows of the parts that are not wanted.
-    unwanted: Vec<usize>,
+    /// Whether the logits between the parts are impossible already.
+    filled: bool,
 }
 
 struct Part<D: Device> {
@@ -30,6 +30,8 @@ struct Part<D: Device> {
     rows: usize,
     weight: D::Weight,
     out: D::Buffer,
+    /// What makes the logits of rows that are not wanted impossible, where there are such: zero for the others.
+    barred: Option<D::Buffer>,
 }
 
 impl<D: Device> Head<D> {
@@ -43,23 +45,51 @@ impl<D: Device> Head<D> {
         }
         let stretches = stretches(tokens, vocabulary);
         let mut wanted = tokens.iter().map(|&id| id as usize).peekable();
-        let unwanted = stretches.iter().cloned().flatten().filter(|&id| wanted.next_if_eq(&id).is_none()).collect();
         let part = |stretch: Range<usize>| {
             let weight = device.weight_rows(head, stretch.start, stretch.len())?;
             let out = allocate(device, &[stretch.len()])?;
-            Ok::<_, ModelError>(Part { first: stretch.start, rows: stretch.len(), weight, out })
+            let (first, rows) = (stretch.start, stretch.len());
+            let bars: Vec<f32> =
+                stretch.map(|id| if wanted.next_if_eq(&id).is_some() { 0.0 } else { IMPOSSIBLE }).collect();
+            let barred = match bars.iter().any(|&bar| bar != 0.0) {
+                true => {
+                    let mut barred = allocate(device, &[rows])?;
+                    device.write(&bars, &mut barred, 0)?;
+                    Some(barred)
+                }
+                false => None,
+            };
+            Ok::<_, ModelError>(Part { first, rows, weight, out, barred })
         };
-        Ok(Head { parts: stretches.into_iter().map(part).collect::<Result<_, _>>()?, unwanted })
+        Ok(Head { parts: stretches.into_iter().map(part).collect::<Result<_, _>>()?, filled: false })
     }
 
-    /// A normed state `[width]` → its logits `[vocabulary]` on the host; those of other tokens are out of the question.
-    pub(super) fn logits(&mut self, device: &D, state: &D::Buffer, logits: &mut [f32]) -> Result<(), DeviceError> {
-        logits.fill(IMPOSSIBLE);
-        for Part { first, rows, weight, out } in &mut self.parts {
-            device.linear(state, 1, weight, None, Activation::Identity, out)?;
-            device.read(out, 0, &mut logits[*first..*first + *rows])?;
+    /// Makes the logits `[vocabulary]` of all other tokens impossible, once: they are the same buffer in every call, and nobody else
+    /// writes to it between them. `scratch` has as many elements.
+    pub(super) fn prepare(
+        &mut self,
+        device: &D,
+        scratch: &mut [f32],
+        logits: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        if !self.filled {
+            scratch.fill(IMPOSSIBLE);
+            device.write(scratch, logits, 0)?;
+            self.filled = true;
         }
-        self.unwanted.iter().for_each(|&id| logits[id] = IMPOSSIBLE);
+        Ok(())
+    }
+
+    /// A normed state `[width]` → its logits, in what was prepared.
+    pub(super) fn logits(&mut self, device: &D, state: &D::Buffer, logits: &mut D::Buffer) -> Result<(), DeviceError> {
+        for Part { first, rows, weight, out, barred } in &mut self.parts {
+            device.linear(state, 1, weight, None, Activation::Identity, out)?;
+            if let Some(barred) = barred {
+                // Beside the least number there is, a logit is lost in rounding. One that is no number stays none.
+                device.add(out, barred, *rows)?;
+            }
+            device.copy(out, 0, logits, *first, *rows)?;
+        }
         Ok(())
     }
 }

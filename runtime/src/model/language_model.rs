@@ -1,6 +1,7 @@
 //! What generation needs of a decoder: append tokens, read logits, roll back.
 
 use candor_kernels::DeviceError;
+use candor_kernels::choice::{self, Allowed, Choice};
 
 /// Why a decoder could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -46,11 +47,18 @@ pub trait LanguageModel {
     fn position(&self) -> usize;
     /// Positions the cache can hold.
     fn capacity(&self) -> usize;
-    /// Appends tokens (at least one) and returns the logits `[vocabulary]` after the last of them.
-    fn append(&mut self, tokens: &[u32]) -> Result<&[f32], DecodeError>;
-    /// The logits after the last position in the cache, as the call that put it there left them.
-    /// After [`LanguageModel::truncate`] they are recomputed by the implementation or restored.
-    fn logits(&self) -> &[f32];
+    /// Appends tokens, at least one. The logits become those after the last of them.
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DecodeError>;
+    /// The logits `[vocabulary]` after the last position in the cache, as the call that put it there left them.
+    /// After [`LanguageModel::truncate`] they are recomputed by the implementation or restored. They are copied to the host
+    /// when they are asked for.
+    fn logits(&mut self) -> Result<&[f32], DecodeError>;
+    /// Chooses one of the allowed tokens by the logits after the last position ([`choice::choose`]), which need not leave the
+    /// device for that. `forbidden` tokens are not chosen even where they are allowed.
+    fn choose(&mut self, allowed: Allowed<'_>, forbidden: &[u32], choice: Choice) -> Result<u32, DecodeError> {
+        let chosen = choice::choose(self.logits()?, allowed, forbidden, choice, &mut Vec::new());
+        Ok(chosen.map_err(DeviceError::from)?)
+    }
     /// Forgets everything behind `position` (rolls the cache back). The logits become those after
     /// `position - 1`; an implementation may recompute that one position.
     fn truncate(&mut self, position: usize) -> Result<(), DecodeError>;

@@ -1,9 +1,10 @@
 //! Runs the stages on given tensors and keeps what each of them gives: the tool for porting a checkpoint, for
 //! comparing with another implementation, and for bug reports.
 
-use candor_kernels::Device;
+use candor_kernels::{Choice, Device};
 
 use super::{Classifier, LanguageModel, Model, ModelError, Piece, Rows};
+use crate::text::Mask;
 use crate::weights::Checkpoint;
 
 /// Ids that stand for the video and the audio tokens in a prompt.
@@ -132,25 +133,14 @@ fn trace_decoder<D: Device>(
     session.start(pieces)?;
     let logits = session.all_logits()?;
     outputs.push(real("out.logits", &[positions, session.vocabulary()], logits));
-    let mut generated = Vec::new();
+    let (mut generated, mask) = (Vec::new(), Mask::all(session.vocabulary()));
     for _ in 0..new_tokens {
-        let best = greedy(session.logits());
+        let best = session.choose(mask.allowed(), &[], Choice::Greedy)?;
         generated.push(i64::from(best));
         session.append(&[best])?;
     }
     outputs.push(Output { name: "out.generated", shape: vec![new_tokens], values: Values::I64(generated) });
     Ok(())
-}
-
-/// The first of the largest logits.
-fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
 }
 
 /// A prompt's ids, cut at the places of the media.

@@ -1,6 +1,8 @@
 //! Generation held to the output grammar, a token at a time, with checkpoints to roll back to, so that a policy can
 //! verify a sentence the moment it ends and have it written again.
 
+use candor_kernels::DeviceError;
+
 use super::automaton::{ANSWER_OPEN, Phase, THINK_CLOSE, THINK_OPEN};
 use super::grammar::{Grammar, GrammarError, Mask, State, parse};
 use super::labels::{LabelError, LabelProbabilities, LabelScorer, LabelSearch};
@@ -13,7 +15,7 @@ use crate::model::{DecodeError, LanguageModel};
 pub enum GenerateError {
     /// The decoder failed.
     #[error(transparent)]
-    Decode(#[from] DecodeError),
+    Decode(DecodeError),
     /// No token could be chosen.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -46,6 +48,15 @@ pub enum GenerateError {
         /// The text.
         text: String,
     },
+}
+
+impl From<DecodeError> for GenerateError {
+    fn from(error: DecodeError) -> Self {
+        match error {
+            DecodeError::Device(DeviceError::Choice(error)) => GenerateError::Sampling(error),
+            error => GenerateError::Decode(error),
+        }
+    }
 }
 
 /// One token written.
@@ -203,7 +214,7 @@ impl<'a, M: LanguageModel + ?Sized> Generator<'a, M> {
             }
             (None, None) => {
                 self.fill_cache(place)?;
-                self.sampler.choose(self.model.logits(), &mask, &banned)?
+                self.model.choose(mask.allowed(), &banned, self.sampler.draw())?
             }
         };
         let forced = only.or(spelled).is_some();

@@ -9,6 +9,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candor_kernels::Allowed;
+pub use candor_kernels::AllowedIds;
+
 use super::automaton::{ANSWER_CLOSE, Automaton, Phase, TAGS};
 use super::token_table::TokenTable;
 
@@ -110,15 +113,17 @@ impl Mask {
         }
     }
 
+    /// The allowed ids as devices take them.
+    pub fn allowed(&self) -> Allowed<'_> {
+        match self {
+            Mask::Few(ids) => Allowed::Ids(ids),
+            Mask::Many { bits, .. } => Allowed::Bits(bits),
+        }
+    }
+
     /// The allowed ids, ascending.
     pub fn iter(&self) -> AllowedIds<'_> {
-        match self {
-            Mask::Few(ids) => AllowedIds { few: ids.iter(), bits: &[], word: 0, first: 0 },
-            Mask::Many { bits, .. } => {
-                let (&word, bits) = bits.split_first().unwrap_or((&0, &[]));
-                AllowedIds { few: [].iter(), bits, word, first: 0 }
-            }
-        }
+        self.allowed().iter()
     }
 
     fn bytes(&self) -> usize {
@@ -126,33 +131,6 @@ impl Mask {
             Mask::Few(ids) => ids.len() * 4,
             Mask::Many { bits, .. } => bits.len() * 8,
         }
-    }
-}
-
-/// The ids a [`Mask`] allows, ascending.
-#[derive(Debug, Clone)]
-pub struct AllowedIds<'a> {
-    few: std::slice::Iter<'a, u32>,
-    /// Words of bits behind `word`.
-    bits: &'a [u64],
-    /// Bits not handed out yet, of the ids from `first` on.
-    word: u64,
-    first: u32,
-}
-
-impl Iterator for AllowedIds<'_> {
-    type Item = u32;
-
-    #[inline]
-    fn next(&mut self) -> Option<u32> {
-        while self.word == 0 {
-            let Some((&word, bits)) = self.bits.split_first() else { return self.few.next().copied() };
-            (self.word, self.bits) = (word, bits);
-            self.first += 64;
-        }
-        let bit = self.word.trailing_zeros();
-        self.word &= self.word - 1;
-        Some(self.first + bit)
     }
 }
 

@@ -8,9 +8,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use candor_kernels::choice::{check_finite, exponential};
+
 use super::automaton::ANSWER_CLOSE;
 use super::grammar::{GrammarError, check_labels};
-use super::sampling::{SamplingError, check_finite, exponential};
+use super::sampling::SamplingError;
 use super::token_table::TokenTable;
 use crate::model::{DecodeError, LanguageModel};
 
@@ -259,7 +261,7 @@ impl<'a> Walk<'a> {
     ) -> Result<(), LabelError> {
         // Tokens in the cache behind `start`.
         let mut cached: Vec<u32> = Vec::new();
-        self.expand(model.logits(), &Branch { probability: 1.0, tokens: Vec::new(), node: 0 })?;
+        self.expand(model.logits()?, &Branch { probability: 1.0, tokens: Vec::new(), node: 0 })?;
         while let Some(index) = self.next_branch(search) {
             let branch = self.open.swap_remove(index);
             if start + branch.tokens.len() > model.capacity() {
@@ -270,12 +272,11 @@ impl<'a> Walk<'a> {
             if shared < cached.len() {
                 model.truncate(start + shared)?;
             }
-            let logits = match &branch.tokens[shared..] {
-                [] => model.logits(),
-                missing => model.append(missing)?,
-            };
+            if shared < branch.tokens.len() {
+                model.append(&branch.tokens[shared..])?;
+            }
             self.steps += 1;
-            self.expand(logits, &branch)?;
+            self.expand(model.logits()?, &branch)?;
             cached = branch.tokens;
         }
         self.unexplored += self.open.iter().map(|branch| branch.probability).sum::<f64>();
@@ -356,7 +357,8 @@ mod tests {
         probability: f64,
         found: &mut [f64],
     ) {
-        let logits: Vec<f64> = model.logits().iter().map(|&logit| f64::from(logit)).collect();
+        let logits = model.logits().expect("it has them");
+        let logits: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
         let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
         let position = model.position();
         for id in 0..table.vocabulary() as u32 {

@@ -3,9 +3,10 @@
 //! log-probability of every token.
 
 use candor_kernels::Device;
+use candor_kernels::choice::exponential;
 
 use super::grammar::Mask;
-use super::sampling::{Sampler, Sampling, SamplingError, exponential};
+use super::sampling::{Sampler, Sampling, SamplingError};
 use crate::model::{Batch, DecodeError, LanguageModel, ModelError, Session};
 
 /// Why there are no rollouts.
@@ -75,7 +76,8 @@ pub fn roll_out<D: Device, E: From<RolloutError>>(
             batch.copy_from(session, drawing.len()).map_err(model)?;
             let settings = Sampling { temperature, top_p: 1.0, seed: seed(prompt, continuation) };
             let mut one = Drawing { sampler: Sampler::new(settings).map_err(sampling)?, rollout: Rollout::default() };
-            one.draw(session.logits(), &mask, temperature, end_of_turn).map_err(sampling)?;
+            let logits = session.logits().map_err(|error| model(error.into()))?;
+            one.draw(logits, &mask, temperature, end_of_turn).map_err(sampling)?;
             drawing.push(one);
         }
     }

@@ -1,51 +1,16 @@
 //! Choosing a token from logits: greedy, or by temperature and top-p with a seeded generator.
 //!
-//! Equal logits, settings and seed give equal tokens on every machine: probabilities are formed in `f64` from additions
-//! and multiplications in a fixed order alone, and random numbers come from ChaCha.
+//! Equal logits, settings and seed give equal tokens on every machine: random numbers come from ChaCha, and what is made of
+//! them is defined in [`candor_kernels::choice`].
 
+use candor_kernels::Choice;
+use candor_kernels::choice::choose;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::grammar::Mask;
 
-/// Exponents below this are taken for impossible: even 100 000 such tokens together are less likely than the smallest
-/// random number, and most of a large vocabulary need not be computed.
-const NEGLIGIBLE: f64 = -50.0;
-
-/// Why no token could be chosen.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SamplingError {
-    /// A setting outside its range.
-    #[error("{setting} is {value}; it must be {range}")]
-    Setting {
-        /// The setting.
-        setting: &'static str,
-        /// Its value.
-        value: f32,
-        /// What it may be.
-        range: &'static str,
-    },
-    /// The model's output is not a number.
-    #[error("the logit of token {id} is {value}; the weights or a kernel are at fault")]
-    NotFinite {
-        /// The token.
-        id: usize,
-        /// Its logit.
-        value: f32,
-    },
-    /// The logits are not those of the vocabulary.
-    #[error("{logits} logits for a vocabulary of {vocabulary}")]
-    Length {
-        /// Logits given.
-        logits: usize,
-        /// Logits expected.
-        vocabulary: usize,
-    },
-    /// Every token is forbidden.
-    #[error("no token is allowed")]
-    NothingAllowed,
-}
+pub use candor_kernels::ChoiceError as SamplingError;
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,101 +58,23 @@ impl Sampler {
         }
     }
 
+    /// How the next token is chosen; draws a number where one is needed.
+    pub fn draw(&mut self) -> Choice {
+        let Sampling { temperature, top_p, .. } = self.settings;
+        if temperature == 0.0 {
+            return Choice::Greedy;
+        }
+        // 53 random bits: every multiple of 2^-53 below 1.
+        let point = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        Choice::Drawn { temperature, top_p, point }
+    }
+
     /// Chooses one of the allowed tokens by their `logits` `[vocabulary]`. Of equally probable tokens the lower id comes
     /// first. `forbidden` tokens are not chosen even where the mask allows them.
     pub fn choose(&mut self, logits: &[f32], mask: &Mask, forbidden: &[u32]) -> Result<u32, SamplingError> {
-        check_finite(logits)?;
-        let allowed = mask.iter().filter(|id| !forbidden.contains(id));
-        let logit = |id: u32| logits.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
-        self.candidates.clear();
-        if self.settings.temperature == 0.0 {
-            let mut best = None;
-            for id in allowed {
-                if best.is_none_or(|(_, greatest)| logit(id) > greatest) {
-                    best = Some((id, logit(id)));
-                }
-            }
-            return best.map(|(id, _)| id).ok_or(SamplingError::NothingAllowed);
-        }
-        self.candidates.extend(allowed.map(|id| (id, f64::from(logit(id)))));
-        let greatest = self.candidates.iter().map(|&(_, logit)| logit).fold(f64::NEG_INFINITY, f64::max);
-        let temperature = f64::from(self.settings.temperature);
-        let mut total = 0.0;
-        for (_, weight) in &mut self.candidates {
-            let exponent = (*weight - greatest) / temperature;
-            *weight = if exponent < NEGLIGIBLE { 0.0 } else { exponential(exponent) };
-            total += *weight;
-        }
-        if self.settings.top_p < 1.0 {
-            total = keep_nucleus(&mut self.candidates, total, f64::from(self.settings.top_p));
-        }
-        // 53 random bits: every multiple of 2^-53 below 1.
-        let point = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
-        let mut passed = 0.0;
-        for &(id, weight) in &self.candidates {
-            passed += weight;
-            if point < passed {
-                return Ok(id);
-            }
-        }
-        // Rounding can leave the point a hair behind the last weight.
-        self.candidates.last().map(|&(id, _)| id).ok_or(SamplingError::NothingAllowed)
+        let choice = self.draw();
+        choose(logits, mask.allowed(), forbidden, choice, &mut self.candidates)
     }
-}
-
-/// Keeps the most probable candidates that together reach `top_p` of `total`; returns what they add up to.
-fn keep_nucleus(candidates: &mut Vec<(u32, f64)>, total: f64, top_p: f64) -> f64 {
-    // Candidates below this share add up to less than 1 - top_p, so none of them is in the nucleus: most of a large
-    // vocabulary need not be sorted.
-    let negligible = total * (1.0 - top_p) / candidates.len() as f64;
-    candidates.retain(|&(_, weight)| weight >= negligible);
-    candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let mut kept = 0.0;
-    let mut count = 0;
-    for &(_, weight) in candidates.iter() {
-        kept += weight;
-        count += 1;
-        if kept >= total * top_p {
-            break;
-        }
-    }
-    candidates.truncate(count);
-    kept
-}
-
-/// Refuses logits that are not numbers.
-pub(crate) fn check_finite(logits: &[f32]) -> Result<(), SamplingError> {
-    match logits.iter().position(|logit| !logit.is_finite()) {
-        Some(id) => Err(SamplingError::NotFinite { id, value: logits[id] }),
-        None => Ok(()),
-    }
-}
-
-/// Coefficients of the exponential series, 1/0! to 1/14!: for arguments up to ln(2) / 2 the rest is below 1e-17.
-const SERIES: [f64; 15] = {
-    let mut series = [1.0; 15];
-    let mut term = 1;
-    while term < series.len() {
-        series[term] = series[term - 1] / term as f64;
-        term += 1;
-    }
-    series
-};
-
-/// e to the power of `x`, for `x` at most 0, to about 1e-15 of its value. The standard library's differs between
-/// platforms in the last bit; this one, made of exactly rounded operations alone, does not.
-pub(crate) fn exponential(x: f64) -> f64 {
-    // ln 2 in two parts, the first with trailing zeros, so that a multiple of it is exact (as fdlibm splits it).
-    const LN_2_HIGH: f64 = 6.931_471_803_691_238e-1;
-    const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    // Below this the result is not a normal number and cannot matter.
-    if x < -700.0 {
-        return 0.0;
-    }
-    let power = (x * std::f64::consts::LOG2_E).round();
-    let rest = (x - power * LN_2_HIGH) - power * LN_2_LOW;
-    let sum = SERIES.iter().rev().fold(0.0, |sum, coefficient| sum * rest + coefficient);
-    sum * f64::from_bits(((1023 + power as i64) as u64) << 52)
 }
 
 #[cfg(test)]
@@ -200,18 +87,6 @@ mod tests {
 
     fn all(vocabulary: u32) -> Mask {
         Mask::Few((0..vocabulary).collect())
-    }
-
-    #[test]
-    fn exponential_is_exact_to_the_last_digits() {
-        for step in 0..70_000 {
-            let x = -f64::from(step) / 100.0;
-            let (ours, theirs) = (exponential(x), x.exp());
-            assert!((ours - theirs).abs() <= 2e-15 * theirs, "{x}: {ours} {theirs}");
-        }
-        assert_eq!(exponential(0.0), 1.0);
-        assert_eq!(exponential(-1e9), 0.0);
-        assert_eq!(exponential(f64::NEG_INFINITY), 0.0);
     }
 
     #[test]
@@ -245,27 +120,6 @@ mod tests {
                 assert!((count - expected).abs() < 0.015, "{temperature} {top_p}: {counts:?}");
                 assert!(expected > 0.0 || *count == 0.0, "{temperature} {top_p}: {counts:?}");
             }
-        }
-    }
-
-    #[test]
-    fn the_nucleus_is_the_one_of_a_full_sort() {
-        let mut random = ChaCha8Rng::seed_from_u64(3);
-        for _ in 0..200 {
-            let weights: Vec<f64> = (0..50).map(|_| exponential(-f64::from(random.next_u32() % 12))).collect();
-            let total: f64 = weights.iter().sum();
-            let top_p = f64::from(random.next_u32() % 99 + 1) / 100.0;
-            let mut kept: Vec<(u32, f64)> = (0u32..).zip(weights.iter().copied()).collect();
-            let mut expected = kept.clone();
-            expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            let mut sum = 0.0;
-            let mut count = 0;
-            while sum < total * top_p {
-                sum += expected[count].1;
-                count += 1;
-            }
-            keep_nucleus(&mut kept, total, top_p);
-            assert_eq!(kept, expected[..count], "top_p {top_p}");
         }
     }
 

@@ -67,7 +67,7 @@ impl LanguageModel for ToyModel {
         self.capacity
     }
 
-    fn append(&mut self, tokens: &[u32]) -> Result<&[f32], DecodeError> {
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DecodeError> {
         assert!(!tokens.is_empty(), "append needs a token");
         self.appends += 1;
         let needed = self.cache.len() + tokens.len();
@@ -79,11 +79,11 @@ impl LanguageModel for ToyModel {
         }
         self.cache.extend_from_slice(tokens);
         self.logits = (self.rule)(&self.cache);
-        Ok(&self.logits)
+        Ok(())
     }
 
-    fn logits(&self) -> &[f32] {
-        &self.logits
+    fn logits(&mut self) -> Result<&[f32], DecodeError> {
+        Ok(&self.logits)
     }
 
     fn truncate(&mut self, position: usize) -> Result<(), DecodeError> {

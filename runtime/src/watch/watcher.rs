@@ -449,7 +449,7 @@ impl<D: Device> Watcher<D> {
         match reuse.prefix {
             true => self.session.start_again(&pieces)?,
             false => self.session.start(&pieces)?,
-        };
+        }
         times.prefill = lap.take();
 
         let search = LabelSearch::default();

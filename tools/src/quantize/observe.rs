@@ -10,7 +10,7 @@ use candor_kernels::cpu::gemm::{MatrixRef, Precision, gemm};
 use candor_kernels::cpu::{CpuBuffer, CpuCache, CpuDevice, CpuWeight};
 use candor_kernels::device::Result;
 use candor_kernels::pixels::Picture;
-use candor_kernels::{Activation, AttentionShape, CacheType, Device, HostTensor, Unfold};
+use candor_kernels::{Activation, Allowed, AttentionShape, CacheType, Choice, Device, HostTensor, Unfold};
 
 /// `Σ x · xᵀ` over the inputs of a layer, `[inputs, inputs]`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -171,6 +171,16 @@ impl Device for Observer {
 
     fn allocate(&self, len: usize) -> Result<CpuBuffer> {
         self.inner.allocate(len)
+    }
+    fn choose(
+        &self,
+        logits: &CpuBuffer,
+        vocabulary: usize,
+        allowed: Allowed<'_>,
+        forbidden: &[u32],
+        choice: Choice,
+    ) -> Result<u32> {
+        self.inner.choose(logits, vocabulary, allowed, forbidden, choice)
     }
     fn len(&self, buffer: &CpuBuffer) -> usize {
         self.inner.len(buffer)

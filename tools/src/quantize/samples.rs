@@ -197,7 +197,7 @@ impl<D: Device> Reader<D> {
     pub(super) fn logits(&mut self, sample: &Sample, mut each: impl FnMut(&[f32], u32)) -> anyhow::Result<()> {
         let session = self.start(sample, &[], sample.completion.len())?;
         for (index, &token) in sample.completion.iter().enumerate() {
-            each(session.logits(), token);
+            each(session.logits()?, token);
             if index + 1 < sample.completion.len() {
                 session.append(&[token])?;
             }

@@ -46,7 +46,8 @@ fn logits_on<D: Device>(folder: &Path, device: D) -> Vec<f32> {
     model.video_tokens(&features, gate, &mut video).unwrap();
     let mut session = model.session(32).unwrap();
     session.start(&[Piece::Rows(&video), Piece::Tokens(&[1, 2, 130])]).unwrap();
-    session.append(&[5]).unwrap().to_vec()
+    session.append(&[5]).unwrap();
+    session.logits().unwrap().to_vec()
 }
 
 /// A folder with the values that a quantised one's stand for, in f32.

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use candor::model::config::{AudioConfig, ClassifierConfig, ModelConfig};
 use candor::model::{Classifier, LanguageModel, Model, Piece, Rows, Session};
-use candor_kernels::Device;
+use candor::text::Mask;
+use candor_kernels::{Choice, Device};
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -124,7 +125,9 @@ impl<D: Device> Prompt<D> {
         match &self.video {
             Some(video) => self.session.start(&[Piece::Rows(video), text])?,
             None => self.session.start(&[text])?,
-        };
+        }
+        // Until they are there.
+        self.session.logits()?;
         Ok(())
     }
 }
@@ -135,6 +138,8 @@ pub(super) struct Decoding<D: Device> {
     positions: usize,
     text: Vec<u32>,
     written: Vec<u32>,
+    /// Every token may be chosen.
+    mask: Mask,
 }
 
 impl<D: Device> Decoding<D> {
@@ -143,7 +148,8 @@ impl<D: Device> Decoding<D> {
         let mut random = ChaCha8Rng::seed_from_u64(SEED);
         let session = session(model, positions, tokens)?;
         let mut ids = |count| random_ids(&mut random, count, model.config().decoder.vocabulary);
-        Ok(Decoding { session, positions, text: ids(PROMPT_TEXT_TOKENS), written: ids(tokens) })
+        let mask = Mask::all(model.config().decoder.vocabulary);
+        Ok(Decoding { session, positions, text: ids(PROMPT_TEXT_TOKENS), written: ids(tokens), mask })
     }
 
     /// A session with `positions` random tokens in the cache.
@@ -170,10 +176,11 @@ impl<D: Device> Decoding<D> {
         self.write_some(usize::MAX)
     }
 
-    /// At most `count` of the tokens.
+    /// At most `count` of the tokens. Behind each the next one is chosen, and left.
     pub(super) fn write_some(&mut self, count: usize) -> Result<()> {
         for id in self.written.iter().take(count) {
             self.session.append(std::slice::from_ref(id))?;
+            self.session.choose(self.mask.allowed(), &[], Choice::Greedy)?;
         }
         Ok(())
     }
