@@ -1,8 +1,9 @@
 //! Attention: as it is defined, of one query to a cache, and of many by tensor cores.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::sync::PoisonError;
 
+use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
 use super::layers::grown;
 use super::{CudaBuffer, CudaCache, CudaDevice, address};
@@ -22,9 +23,9 @@ const NARROW: usize = 64;
 /// What the blocks of one decoding step leave for the last of them.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
-    partial: Option<CudaSlice<f32>>,
+    partial: Option<Memory<f32>>,
     /// One a key head; zero between launches.
-    counters: Option<CudaSlice<i32>>,
+    counters: Option<Memory<i32>>,
 }
 
 arguments! {
