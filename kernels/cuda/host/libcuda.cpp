@@ -467,12 +467,15 @@ static void store_arguments(Work& work, void** parameters) {
 }
 
 // Ends the process where an argument is an address of this process that the device may not access. A GPU would fail, or read
-// something else; here the kernel would read the host's memory and come to the right result.
+// something else; here the kernel would read the host's memory and come to the right result. Structs are not looked into: what
+// lies between their fields is anything.
 static void check_addresses(const Work& work) {
     const size_t page = page_bytes();
-    for (size_t at = 0; at + 8 <= work.arguments.size(); at += 8) {
+    const std::vector<void*> pointers = argument_pointers(work);
+    for (size_t i = 0; i < work.function->kernel->argument_count; i++) {
+        if (work.function->kernel->argument_sizes[i] != sizeof(Pointer)) continue;
         Pointer word;
-        memcpy(&word, &work.arguments[at], 8);
+        memcpy(&word, pointers[i], sizeof(word));
         // Small numbers, and what no process has, are no addresses.
         if (word < 1ull << 32 || word >> 48 || on_device(word, 1) || find_allocation(word, 0)) continue;
         unsigned char resident;

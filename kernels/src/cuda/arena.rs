@@ -12,7 +12,7 @@ pub(super) const LARGEST: usize = 256 << 20;
 /// The smallest that is asked for where nobody said how much will come; drivers give no less anyway.
 const SMALLEST: usize = 2 << 20;
 /// Where parts begin, as `cuMemAlloc`'s allocations do.
-pub(super) const ALIGNMENT: usize = 256;
+pub(crate) const ALIGNMENT: usize = 256;
 
 /// Elements in the GPU's memory, given back when dropped. An empty one is no allocation.
 #[derive(Debug)]

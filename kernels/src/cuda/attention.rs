@@ -28,6 +28,11 @@ pub(super) struct Parts {
     counters: Option<Memory<i32>>,
 }
 
+/// Bytes of [`Parts`] that are large enough for a step of `heads` heads to a cache of `capacity` positions.
+pub(crate) fn parts_bytes(capacity: usize, heads: usize, head_dim: usize) -> usize {
+    capacity.div_ceil(CHUNK).saturating_mul(heads).saturating_mul((head_dim + 2) * size_of::<f32>())
+}
+
 arguments! {
     /// `Shape` of cuda/attention.cuh.
     Shape { queries: i32, keys: i32, heads: i32, key_heads: i32, head_dim: i32, causal: i32, scale: f32 }

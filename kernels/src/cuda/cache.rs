@@ -45,6 +45,12 @@ impl CudaCache {
         })
     }
 
+    /// Bytes that such a cache takes.
+    pub(crate) fn bytes(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> usize {
+        let mean = if kind == CacheType::I8 { key_heads * head_dim * size_of::<f32>() } else { 0 };
+        capacity.saturating_mul(kind.position_bytes(key_heads, head_dim)).saturating_add(mean)
+    }
+
     /// Elements of a row of keys.
     pub(super) fn width(&self) -> usize {
         self.key_heads * self.head_dim

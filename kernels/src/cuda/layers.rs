@@ -32,6 +32,11 @@ pub(super) struct Scratch {
     scales: Option<Memory<f32>>,
 }
 
+/// Bytes of a [`Scratch`] that is large enough for `rows` rows of `depth` activations.
+pub(crate) fn scratch_bytes(rows: usize, depth: usize) -> usize {
+    rows.saturating_mul(depth.div_ceil(BLOCK)).saturating_mul(BLOCK + size_of::<f32>())
+}
+
 /// A layer and where its output goes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Layer {

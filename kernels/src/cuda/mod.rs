@@ -24,14 +24,14 @@ macro_rules! arguments {
     )*};
 }
 
-mod arena;
-mod attention;
+pub(crate) mod arena;
+pub(crate) mod attention;
 mod cache;
 mod compile;
 mod driver;
 pub mod images;
 mod launch;
-mod layers;
+pub(crate) mod layers;
 pub mod ledger;
 mod residence;
 mod roof;
