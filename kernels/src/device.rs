@@ -276,6 +276,14 @@ pub trait Device: Clone + Send + Sync + 'static {
         to_offset: usize,
         len: usize,
     ) -> Result<()>;
+    /// Weights of about `bytes` bytes, each at a multiple of 256, are about to come; [`Device::loaded`] follows however that ends.
+    fn loading(&self, bytes: usize) {
+        let _ = bytes;
+    }
+    /// The weights that [`Device::loading`] announced are there, or will not come.
+    fn loaded(&self) -> Result<()> {
+        Ok(())
+    }
     /// Makes a stored weight usable. On the CPU this copies nothing.
     fn weight(&self, tensor: &HostTensor) -> Result<Self::Weight>;
     /// Rows `first .. first + count` of a weight `[rows, in…]` as a weight `[count, in…]` of their own. Its values are not

@@ -1,5 +1,6 @@
 //! The scales of quantised weights: one a row, or one for each group of elements of a row.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::tensor::{Bytes, DType, owned_f32};
@@ -148,11 +149,16 @@ impl Scales {
 
     /// The bytes of all groups' scales and their type, where there are groups.
     pub(crate) fn of_groups(&self) -> Option<(&[u8], DType)> {
+        self.kept().map(|(bytes, range, dtype)| (&(**bytes).as_ref()[range], dtype))
+    }
+
+    /// Whose bytes the groups' scales are, where in them they lie, and their type, where there are groups.
+    pub(crate) fn kept(&self) -> Option<(&Bytes, Range<usize>, DType)> {
         match &self.stored {
             Stored::Rows(_) => None,
             Stored::Groups { bytes, start, dtype, per_row, .. } => {
                 let len = dtype.row_bytes(self.rows * per_row).unwrap_or(0);
-                Some((&(**bytes).as_ref()[*start..*start + len], *dtype))
+                Some((bytes, *start..*start + len, *dtype))
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Weights as they lie in a file: bytes that somebody keeps alive, an element type and a shape.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::scales::{ScaleError, Scales};
@@ -60,8 +61,23 @@ impl fmt::Display for DType {
     }
 }
 
-/// Bytes that stay where they are for as long as this is held (a file mapping, a vector).
-pub type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+/// Somebody who keeps bytes where they are (a file mapping, a vector).
+pub trait Keeper: AsRef<[u8]> + Send + Sync {
+    /// Whether the bytes are a mapped file: they begin at a page, and nothing else lies in their pages.
+    fn is_mapping(&self) -> bool {
+        false
+    }
+
+    /// Nobody reads `range` of the bytes for now: pages that would be read from a file again may go.
+    fn let_go(&self, range: Range<usize>) {
+        let _ = range;
+    }
+}
+
+impl Keeper for Vec<u8> {}
+
+/// Bytes that stay where they are for as long as this is held.
+pub type Bytes = Arc<dyn Keeper>;
 
 /// A stored weight: a view of somebody's bytes, never a copy. Row-major, little-endian.
 #[derive(Clone)]
@@ -203,6 +219,11 @@ impl HostTensor {
         &(*self.bytes).as_ref()[self.start..self.start + self.len]
     }
 
+    /// Whose bytes these are, and where in them they lie.
+    pub(crate) fn kept(&self) -> (&Bytes, Range<usize>) {
+        (&self.bytes, self.start..self.start + self.len)
+    }
+
     /// What the integers of [`DType::I8`] and [`DType::I4`] are multiplied by.
     pub fn scales(&self) -> Option<&Scales> {
         self.scales.as_ref()
@@ -244,6 +265,7 @@ pub(crate) fn owned_f32(values: Vec<f32>) -> Bytes {
             unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 4) }
         }
     }
+    impl Keeper for Owned {}
     Arc::new(Owned(values))
 }
 

@@ -83,7 +83,10 @@ fn every_state_has_its_error() {
         ("old-driver", vec!["not opened: DriverTooOld", "CUDA 11.0"]),
         ("missing-symbol=cuLaunchKernel", vec!["not opened: DriverTooOld", "cuLaunchKernel"]),
         ("missing-symbol=cuInit", vec!["not opened: DriverTooOld", "cuInit"]),
-        ("missing-symbol=cuMemAllocAsync", vec!["not opened: DriverTooOld", "cuMemAllocAsync"]),
+        ("missing-symbol=cuMemHostRegister_v2", vec!["not opened: DriverTooOld", "cuMemHostRegister_v2"]),
+        ("missing-symbol=cuEventRecord", vec!["not opened: DriverTooOld", "cuEventRecord"]),
+        // A driver without pools would do.
+        ("missing-symbol=cuMemAllocAsync", vec!["large []", "second [8.0, 8.0]"]),
         ("memory=200000", vec!["large no memory", "first [8.0, 8.0]", "second [8.0, 8.0]"]),
         ("fail-launch=1", vec!["first", "Kernel", "second", "Kernel"]),
         ("fail-launch=2", vec!["first [8.0, 8.0]", "second", "Kernel", "started again"]),

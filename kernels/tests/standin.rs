@@ -403,6 +403,24 @@ fn a_device_that_is_lost() {
     });
 }
 
+/// What a GPU would fail at, and the stand-in would come to the right result with.
+#[test]
+fn a_kernel_is_not_given_the_hosts_memory() {
+    let name = "a_kernel_is_not_given_the_hosts_memory";
+    let (passed, text) = run_alone(name, &[("CUDA_STANDIN", "integrated=1")], || {
+        let gpu = Gpu::open().expect("a device");
+        let numbers = vec![2.0f32; 64];
+        let (address, n) = (numbers.as_ptr() as u64, 64i32);
+        let mut out = gpu.stream.alloc_zeros::<f32>(1).expect("memory");
+        let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (32, 1, 1), shared_mem_bytes: 0 };
+        let function = gpu.function("sum_numbers");
+        // SAFETY: the numbers were not registered, which the stand-in must see.
+        unsafe { gpu.stream.launch_builder(&function).arg(&address).arg(&mut out).arg(&n).launch(config) }
+            .expect("seen");
+    });
+    assert!(!passed && text.contains("kernel sum_numbers is given the address"), "{text}");
+}
+
 #[test]
 fn a_board_that_shares_memory() {
     for state in ["integrated=0", "integrated=1"] {

@@ -12,11 +12,17 @@
 //     missing-symbol=NAME  the library lacks the function NAME (read when the library is loaded)
 //     capability=7.2       compute capability (default 8.7)
 //     memory=BYTES         size of the device memory (default 8 GiB)
+//     largest=BYTES        no allocation larger than this succeeds (default: any that there is room for)
 //     integrated=1         a board whose GPU shares memory with the CPU and can map it
+//     register=none        host memory cannot be registered, and the device says so
+//     register=refused     the device says that it can, and every registration fails, as for a file's pages on some kernels
+//     pinned=none          there is no page-locked memory
 //     fail-launch=N        launch number N (from 1) fails, and with it everything after
 //     lost-at=N            from call number N (from 1) on the device is gone
 // CUDA_STANDIN_LAZY=1: streams do nothing until somebody waits for them, which shows where a wait is missing.
 // Otherwise each call does its work at once, in order.
+//
+// standin_memory(&counts) tells tests what was allocated and what still is.
 #include <elf.h>
 #include <link.h>
 #include <pthread.h>
@@ -113,7 +119,8 @@ using Pointer = uint64_t;  // CUdeviceptr
 struct Settings {
     bool no_device = false, old_driver = false, integrated = false, lazy = false;
     int major = 8, minor = 7;
-    uint64_t memory = 8ull << 30, fail_launch = 0, lost_at = 0;
+    uint64_t memory = 8ull << 30, largest = UINT64_MAX, fail_launch = 0, lost_at = 0;
+    bool may_register = true, registers = true, pinned = true;
     std::string missing_symbol;
 };
 
@@ -210,7 +217,7 @@ struct Driver {
     bool initialized = false;
     Result sticky = Success;
     uint64_t calls = 0, launches = 0, captures = 0;
-    uint64_t used = 0;
+    uint64_t used = 0, most_used = 0, made = 0;  // bytes of the device, and allocations and registrations so far
     std::map<Pointer, Allocation> allocations;
     std::deque<std::pair<char*, size_t>> graveyard;
     Context context;
@@ -261,6 +268,14 @@ static Settings read_settings() {
             continue;
         else if (key == "memory")
             settings.memory = number();
+        else if (key == "largest")
+            settings.largest = number();
+        else if (word == "register=none")
+            settings.may_register = settings.registers = false;
+        else if (word == "register=refused")
+            settings.registers = false;
+        else if (word == "pinned=none")
+            settings.pinned = false;
         else if (key == "integrated")
             settings.integrated = value == "1";
         else if (key == "fail-launch")
@@ -373,6 +388,8 @@ static bool on_device(Pointer address, size_t bytes) {
 static Result allocate(Pointer* result, size_t bytes, Allocation::Kind kind) {
     Driver& d = driver();
     REQUIRE(result && bytes > 0, InvalidValue);
+    if (kind == Allocation::Device) REQUIRE(bytes <= d.settings.largest, OutOfMemory);
+    if (kind == Allocation::Host) REQUIRE(d.settings.pinned, OutOfMemory);
     if (kind == Allocation::Device || d.settings.integrated) {
         REQUIRE(bytes <= d.settings.memory && d.used <= d.settings.memory - bytes, OutOfMemory);
     }
@@ -389,7 +406,9 @@ static Result allocate(Pointer* result, size_t bytes, Allocation::Kind kind) {
     memset(begin, 0xff, rounded);
     *result = reinterpret_cast<Pointer>(begin);
     d.allocations[*result] = {kind, bytes, mapping, pages + 2 * page, rounded - bytes};
+    d.made++;
     if (kind == Allocation::Device) d.used += bytes;
+    d.most_used = std::max(d.most_used, d.used);
     return Success;
 }
 
@@ -450,7 +469,27 @@ static void store_arguments(Work& work, void** parameters) {
     for (size_t i = 0; i < kernel.argument_count; i++) memcpy(pointers[i], parameters[i], kernel.argument_sizes[i]);
 }
 
+// Ends the process where an argument is an address of this process that the device may not access. A GPU would fail, or read
+// something else; here the kernel would read the host's memory and come to the right result. Structs are not looked into: what
+// lies between their fields is anything.
+static void check_addresses(const Work& work) {
+    const size_t page = page_bytes();
+    const std::vector<void*> pointers = argument_pointers(work);
+    for (size_t i = 0; i < work.function->kernel->argument_count; i++) {
+        if (work.function->kernel->argument_sizes[i] != sizeof(Pointer)) continue;
+        Pointer word;
+        memcpy(&word, pointers[i], sizeof(word));
+        // Small numbers, and what no process has, are no addresses.
+        if (word < 1ull << 32 || word >> 48 || on_device(word, 1) || find_allocation(word, 0)) continue;
+        unsigned char resident;
+        if (mincore(reinterpret_cast<void*>(word / page * page), 1, &resident) == 0)
+            stop("kernel %s is given the address %#llx, which the device may not access", work.function->name.c_str(),
+                 (unsigned long long)word);
+    }
+}
+
 static Result run_kernel(const Work& work) {
+    check_addresses(work);
     std::vector<void*> pointers = argument_pointers(work);
     cuda_host::launch(*work.function->kernel, work.grid, work.block, work.shared_bytes, pointers.data(),
                       work.cooperative);
@@ -730,13 +769,13 @@ static int attribute_value(int attribute) {
         case 81: return 164 << 10;             // shared memory a multiprocessor
         case 82: return 65536;                 // registers a multiprocessor
         case 83: return 1;                     // managed memory
-        case 91: return settings.integrated;   // host pointers of registered memory
+        case 91: return settings.integrated && settings.may_register;  // host pointers of registered memory
         case 97: return shared_opt_in;         // shared memory a block, on request
-        case 99: return 1;                     // registering host memory
+        case 99: return settings.may_register;  // registering host memory
         case 95: return 1;                     // cooperative launches
         case 106: return most_blocks;          // a multiprocessor
         case 111: return 1 << 10;              // shared memory that the driver takes a block
-        case 113: return settings.integrated;  // registering host memory read-only
+        case 113: return settings.integrated && settings.may_register;  // registering host memory read-only
         case 115: return 1;                    // memory pools
         default: return 0;
     }
@@ -833,6 +872,25 @@ API(cuProfilerStop) {
 
 // ---- Memory.
 
+// What tests ask: allocations and registrations so far, how many there are now of each kind, and the device's bytes that are
+// used now, and the most that were since it was last asked.
+struct Counts {
+    uint64_t made, device, host, registered, used, most_used;
+};
+extern "C" __attribute__((visibility("default"))) void standin_memory(Counts* counts) {
+    Driver& d = driver();
+    std::lock_guard<std::recursive_mutex> guard(d.lock);
+    *counts = {d.made, 0, 0, 0, d.used, d.most_used};
+    for (const auto& [begin, allocation] : d.allocations) {
+        switch (allocation.kind) {
+            case Allocation::Device: counts->device++; break;
+            case Allocation::Host: counts->host++; break;
+            case Allocation::Registered: counts->registered++; break;
+        }
+    }
+    d.most_used = d.used;
+}
+
 API(cuMemGetInfo_v2, size_t* free, size_t* total) {
     BEGIN(Current);
     *total = driver().settings.memory;
@@ -892,11 +950,13 @@ API(cuMemHostRegister_v2, void* address, size_t bytes, unsigned flags) {
     Driver& d = driver();
     const unsigned map = 2, read_only = 8;
     REQUIRE(address && bytes > 0, InvalidValue);
-    REQUIRE(d.settings.integrated || !(flags & (map | read_only)), NotSupported);
+    REQUIRE(d.settings.may_register && (d.settings.integrated || !(flags & (map | read_only))), NotSupported);
+    REQUIRE(d.settings.registers, InvalidValue);
     const Pointer begin = reinterpret_cast<Pointer>(address);
     auto next = d.allocations.lower_bound(begin);
     REQUIRE(!find_allocation(begin, 1), HostMemoryAlreadyRegistered);
     REQUIRE(next == d.allocations.end() || next->first - begin >= bytes, HostMemoryAlreadyRegistered);
+    d.made++;
     d.allocations[begin] = {Allocation::Registered, bytes, nullptr, 0, 0};
     return Success;
 }

@@ -2,7 +2,7 @@
 //! device would hold. A model that is opened and run on it shows what it takes before a weight is read.
 //!
 //! Counted are buffers and caches, copies of weights, the memory that products keep between calls, and the pages of mapped
-//! weights that an operation would touch.
+//! weights that an operation would touch. Of a GPU, which has all of those in its own memory, that memory is counted instead.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,10 @@ use super::gemm::panel_bytes;
 use super::linear::DOT_ROWS;
 use super::{CpuDevice, CpuWeight, is_widened};
 use crate::choice::{self, Allowed, Choice};
+use crate::cuda::CudaCache;
+use crate::cuda::arena::ALIGNMENT;
+use crate::cuda::attention::parts_bytes;
+use crate::cuda::layers::scratch_bytes;
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
 use crate::pixels::Picture;
 use crate::tensor::HostTensor;
@@ -24,10 +28,15 @@ const BLOCK: usize = 64 << 10;
 /// seven sums.
 const QUANTISED_ELEMENT: f64 = 1.0 + (4.0 + 28.0) / 128.0;
 
+/// A GPU's driver gives memory in pieces of so many bytes.
+const PIECE: usize = 512;
+
 /// The CPU device on paper; clones count together.
 #[derive(Clone, Debug)]
 pub struct PlanDevice {
     cpu: CpuDevice,
+    /// Whether what a GPU would hold is counted.
+    gpu: bool,
     tally: Arc<Mutex<Tally>>,
 }
 
@@ -38,10 +47,12 @@ pub struct Held {
     pub mapped: u64,
     /// Buffers, caches, copies of weights, and what products keep between calls.
     pub owned: u64,
+    /// The same and all weights, in a GPU's memory.
+    pub gpu: u64,
 }
 
 impl Held {
-    /// Both together.
+    /// The first two together: the process's memory.
     pub fn total(self) -> u64 {
         self.mapped + self.owned
     }
@@ -51,6 +62,11 @@ impl Held {
 struct Tally {
     /// Buffers, caches and copies that there are.
     live: usize,
+    /// The same in a GPU's memory, weights among them.
+    on_gpu: usize,
+    /// Activations as bytes and parts of an attention in a GPU's memory: the most that one operation needed.
+    scratch: usize,
+    parts: usize,
     /// Panels and bytes of activations: the most that one product needed.
     panels: usize,
     quantised: usize,
@@ -62,7 +78,13 @@ struct Tally {
 impl Tally {
     fn held(&self) -> Held {
         let owned = self.live + self.panels + self.quantised;
-        Held { mapped: (self.touched.len() * BLOCK) as u64, owned: owned as u64 }
+        let gpu = self.on_gpu + self.scratch + self.parts;
+        Held { mapped: (self.touched.len() * BLOCK) as u64, owned: owned as u64, gpu: gpu as u64 }
+    }
+
+    /// Bytes that there are in a GPU's memory, or in the process's.
+    fn live_in(&mut self, gpu: bool) -> &mut usize {
+        if gpu { &mut self.on_gpu } else { &mut self.live }
     }
 
     fn touch(&mut self, bytes: &[u8]) {
@@ -75,7 +97,7 @@ impl Tally {
     /// Remembers what is held, if it is more than ever.
     fn note(&mut self) {
         let held = self.held();
-        if held.total() > self.most.total() {
+        if (held.total(), held.gpu) > (self.most.total(), self.most.gpu) {
             self.most = held;
         }
     }
@@ -87,12 +109,13 @@ pub struct PlanBuffer {
     /// Elements of a buffer.
     len: usize,
     bytes: usize,
+    gpu: bool,
     tally: Arc<Mutex<Tally>>,
 }
 
 impl Drop for PlanBuffer {
     fn drop(&mut self) {
-        lock(&self.tally).live -= self.bytes;
+        *lock(&self.tally).live_in(self.gpu) -= self.bytes;
     }
 }
 
@@ -112,7 +135,17 @@ fn lock(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
 impl PlanDevice {
     /// Counts what `cpu` would hold.
     pub fn new(cpu: CpuDevice) -> Self {
-        PlanDevice { cpu, tally: Arc::default() }
+        PlanDevice { cpu, gpu: false, tally: Arc::default() }
+    }
+
+    /// Counts what a GPU would hold that computes in place of `cpu`.
+    pub fn of_gpu(cpu: CpuDevice) -> Self {
+        PlanDevice { gpu: true, ..Self::new(cpu) }
+    }
+
+    /// Whether it counts for a GPU.
+    pub fn is_of_gpu(&self) -> bool {
+        self.gpu
     }
 
     /// What would be held now.
@@ -138,14 +171,31 @@ impl PlanDevice {
     }
 
     fn take(&self, len: usize, bytes: usize) -> PlanBuffer {
+        let bytes = if self.gpu { bytes.next_multiple_of(PIECE) } else { bytes };
         let mut tally = lock(&self.tally);
-        tally.live += bytes;
+        *tally.live_in(self.gpu) += bytes;
         tally.note();
-        PlanBuffer { len, bytes, tally: self.tally.clone() }
+        PlanBuffer { len, bytes, gpu: self.gpu, tally: self.tally.clone() }
+    }
+
+    /// A weight in a GPU's arenas.
+    fn upload(&self, tensor: &HostTensor) -> PlanBuffer {
+        let scales = tensor.scales().map_or(0, |scales| match (scales.of_groups(), scales.of_rows()) {
+            (Some((bytes, _)), _) => bytes.len(),
+            (None, rows) => rows.map_or(0, size_of_val),
+        });
+        let bytes = [tensor.bytes().len(), scales].map(|bytes| bytes.next_multiple_of(ALIGNMENT)).iter().sum();
+        let mut tally = lock(&self.tally);
+        *tally.live_in(true) += bytes;
+        tally.note();
+        PlanBuffer { len: tensor.elements(), bytes, gpu: true, tally: self.tally.clone() }
     }
 
     /// An operation reads all of some weights.
     fn read_weights<'a>(&self, weights: impl IntoIterator<Item = &'a PlanWeight>) {
+        if self.gpu {
+            return;
+        }
         let mut tally = lock(&self.tally);
         for PlanWeight { weight, copy } in weights {
             if copy.is_some() && is_widened(&weight.0) {
@@ -161,7 +211,7 @@ impl PlanDevice {
 
     /// An operation reads some rows of a table.
     fn read_rows(&self, table: &PlanWeight, rows: impl Iterator<Item = usize>) {
-        if table.copy.is_some() && is_widened(&table.weight.0) {
+        if self.gpu || table.copy.is_some() && is_widened(&table.weight.0) {
             return;
         }
         let mut tally = lock(&self.tally);
@@ -176,6 +226,12 @@ impl PlanDevice {
     fn keep_for_product(&self, rows: usize, weight: &PlanWeight) {
         let (outputs, depth) = (weight.weight.0.rows(), weight.weight.0.row_len());
         let mut tally = lock(&self.tally);
+        if self.gpu {
+            if weight.weight.0.dtype().is_scaled() {
+                tally.scratch = tally.scratch.max(scratch_bytes(rows, depth));
+            }
+            return;
+        }
         if self.cpu.in_bytes(&weight.weight) {
             tally.quantised = tally.quantised.max((rows as f64 * depth as f64 * QUANTISED_ELEMENT) as usize);
         } else if rows > DOT_ROWS {
@@ -217,6 +273,10 @@ impl Device for PlanDevice {
     }
 
     fn weight(&self, tensor: &HostTensor) -> Result<PlanWeight> {
+        if self.gpu {
+            let copy = Arc::new(self.upload(tensor));
+            return Ok(PlanWeight { weight: CpuWeight(tensor.clone()), copy: Some(copy) });
+        }
         let copied = match tensor.scales().and_then(|scales| scales.of_rows()) {
             Some(scales) => scales.len(),
             None if is_widened(tensor) => tensor.elements(),
@@ -309,7 +369,9 @@ impl Device for PlanDevice {
     }
 
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<PlanBuffer> {
-        Ok(self.take(capacity, CpuCache::bytes(kind, capacity, key_heads, head_dim)?))
+        let of_cpu = CpuCache::bytes(kind, capacity, key_heads, head_dim)?;
+        let bytes = if self.gpu { CudaCache::bytes(kind, capacity, key_heads, head_dim) } else { of_cpu };
+        Ok(self.take(capacity, bytes))
     }
 
     fn cache_write(&self, _: &PlanBuffer, _: &PlanBuffer, _: usize, _: &mut PlanBuffer, _: usize) -> Result<()> {
@@ -320,7 +382,18 @@ impl Device for PlanDevice {
         Ok(())
     }
 
-    fn cache_attention(&self, _: &PlanBuffer, _: &PlanBuffer, _: AttentionShape, _: &mut PlanBuffer) -> Result<()> {
+    fn cache_attention(
+        &self,
+        _: &PlanBuffer,
+        cache: &PlanBuffer,
+        shape: AttentionShape,
+        _: &mut PlanBuffer,
+    ) -> Result<()> {
+        if self.gpu && shape.queries == 1 {
+            let mut tally = lock(&self.tally);
+            tally.parts = tally.parts.max(parts_bytes(cache.len, shape.heads, shape.head_dim));
+            tally.note();
+        }
         Ok(())
     }
 
@@ -382,7 +455,7 @@ mod tests {
         let plan = PlanDevice::new(CpuDevice::new(Some(1)));
         let mut buffer = plan.allocate(1000).expect("a buffer");
         let other = plan.allocate(500).expect("a buffer");
-        assert_eq!((plan.held(), plan.len(&buffer)), (Held { mapped: 0, owned: 6000 }, 1000));
+        assert_eq!((plan.held(), plan.len(&buffer)), (Held { owned: 6000, ..Held::default() }, 1000));
         drop(other);
         buffer = plan.allocate(2000).expect("a longer one"); // before the shorter one is gone
         assert_eq!((plan.held().owned, plan.most().owned, plan.len(&buffer)), (8000, 12000, 2000));
@@ -396,6 +469,24 @@ mod tests {
         assert_eq!(plan.held().mapped, 0);
         linear(&mut out).expect("a product");
         assert!((1..=2).contains(&(plan.held().mapped / BLOCK as u64)));
+    }
+
+    #[test]
+    fn of_a_gpu_its_memory_is_counted() {
+        let plan = PlanDevice::of_gpu(CpuDevice::new(Some(1)));
+        let x = plan.allocate(200).expect("a buffer");
+        assert_eq!(plan.held(), Held { gpu: 1024, ..Held::default() });
+        let weight = HostTensor::from_f32(&[0.0; 65], &[5, 13]).expect("a weight");
+        let weight = plan.weight(&weight).expect("a weight");
+        let view = plan.weight_rows(&weight, 1, 2).expect("rows");
+        drop(weight);
+        plan.linear(&x, 1, &view, None, Activation::Identity, &mut plan.allocate(0).expect("none")).expect("a product");
+        assert_eq!(plan.held(), Held { gpu: 1024 + 512, ..Held::default() });
+        let _cache = plan.cache(CacheType::F16, 100, 2, 64).expect("a cache");
+        assert_eq!(plan.held().gpu, 1024 + 512 + 2 * 2 * 100 * 128);
+        drop((x, view));
+        assert_eq!(plan.held().gpu, 2 * 2 * 100 * 128);
+        assert_eq!(plan.most().gpu, 1024 + 512 + 2 * 2 * 100 * 128);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Attention: as it is defined, of one query to a cache, and of many by tensor cores.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::sync::PoisonError;
 
+use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
 use super::layers::grown;
 use super::{CudaBuffer, CudaCache, CudaDevice, address};
@@ -22,9 +23,14 @@ const NARROW: usize = 64;
 /// What the blocks of one decoding step leave for the last of them.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
-    partial: Option<CudaSlice<f32>>,
+    partial: Option<Memory<f32>>,
     /// One a key head; zero between launches.
-    counters: Option<CudaSlice<i32>>,
+    counters: Option<Memory<i32>>,
+}
+
+/// Bytes of [`Parts`] that are large enough for a step of `heads` heads to a cache of `capacity` positions.
+pub(crate) fn parts_bytes(capacity: usize, heads: usize, head_dim: usize) -> usize {
+    capacity.div_ceil(CHUNK).saturating_mul(heads).saturating_mul((head_dim + 2) * size_of::<f32>())
 }
 
 arguments! {

@@ -1,7 +1,6 @@
 //! Key-value caches on the GPU, `[key heads, capacity, head_dim]`.
 
-use cudarc::driver::CudaSlice;
-
+use super::arena::Memory;
 use super::{CudaDevice, address, zeros};
 use crate::device::{CacheType, Result};
 
@@ -12,13 +11,13 @@ pub struct CudaCache {
     pub(super) key_heads: usize,
     pub(super) head_dim: usize,
     pub(super) kind: CacheType,
-    keys: CudaSlice<u8>,
-    values: CudaSlice<u8>,
+    keys: Memory<u8>,
+    values: Memory<u8>,
     /// What is taken off every key, `[key heads, head_dim]`, and the scales of keys and values, `[key heads, capacity]`; for
     /// bytes.
-    mean: CudaSlice<u8>,
-    key_scales: CudaSlice<u8>,
-    value_scales: CudaSlice<u8>,
+    mean: Memory<u8>,
+    key_scales: Memory<u8>,
+    value_scales: Memory<u8>,
 }
 
 impl CudaCache {
@@ -44,6 +43,12 @@ impl CudaCache {
             key_scales: bytes(heads.and_then(floats))?,
             value_scales: bytes(heads.and_then(floats))?,
         })
+    }
+
+    /// Bytes that such a cache takes.
+    pub(crate) fn bytes(kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> usize {
+        let mean = if kind == CacheType::I8 { key_heads * head_dim * size_of::<f32>() } else { 0 };
+        capacity.saturating_mul(kind.position_bytes(key_heads, head_dim)).saturating_add(mean)
     }
 
     /// Elements of a row of keys.
@@ -87,8 +92,8 @@ impl CudaCache {
 
 /// A part of a cache that is copied.
 pub(super) struct Part<'a> {
-    pub(super) from: &'a CudaSlice<u8>,
-    pub(super) to: &'a mut CudaSlice<u8>,
+    pub(super) from: &'a Memory<u8>,
+    pub(super) to: &'a mut Memory<u8>,
     /// Bytes of a position in a head.
     pub(super) position: usize,
     /// It has one position a head, whatever is copied.

@@ -1,9 +1,10 @@
 //! A decoder layer of one position in one launch (cuda/decoder.cu).
 
-use cudarc::driver::{CudaSlice, DeviceRepr, sys};
+use cudarc::driver::{DeviceRepr, sys};
 use std::collections::HashMap;
 use std::sync::PoisonError;
 
+use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
 use super::layers::{self, BLOCK, FEW_ROWS, Layer, Layers, grown};
 use super::weight::WeightArgument;
@@ -22,9 +23,9 @@ const MOST_SHARED: usize = 32 << 10;
 /// Where blocks of a launch meet, and how many of them a GPU holds.
 #[derive(Debug, Default)]
 pub(super) struct Meeting {
-    arrived: Option<CudaSlice<u32>>,
+    arrived: Option<Memory<u32>>,
     /// The position that launches take, on the GPU, and what it is if that is known here.
-    position: Option<CudaSlice<i32>>,
+    position: Option<Memory<i32>>,
     known: Option<usize>,
     /// By type of weights and bytes of dynamic shared memory.
     blocks: HashMap<(DType, usize), usize>,

@@ -107,7 +107,7 @@ const NEEDED: &str = "12.0";
 const NEEDED_NUMBER: i32 = 12_000;
 
 /// Every function of the driver that is called, by `cudarc` or by us.
-const FUNCTIONS: [&str; 38] = [
+const FUNCTIONS: [&str; 45] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -121,8 +121,11 @@ const FUNCTIONS: [&str; 38] = [
     "cuCtxGetCurrent",
     "cuMemAlloc_v2",
     "cuMemFree_v2",
-    "cuMemAllocAsync",
-    "cuMemFreeAsync",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemHostRegister_v2",
+    "cuMemHostGetDevicePointer_v2",
+    "cuMemHostUnregister",
     "cuMemsetD8Async",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
@@ -131,6 +134,10 @@ const FUNCTIONS: [&str; 38] = [
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventDestroy_v2",
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuModuleGetFunction",
@@ -159,6 +166,8 @@ pub(super) struct Gpu {
     pub(super) driver: i32,
     /// Whether it shares its memory with the processor.
     pub(super) integrated: bool,
+    /// Whether it may be able to read the processor's memory where a file is mapped.
+    pub(super) maps: bool,
 }
 
 /// Opens GPU number `ordinal`.
@@ -180,9 +189,15 @@ pub(super) fn open(ordinal: usize) -> Result<Gpu, CudaError> {
     // SAFETY: every operation goes to the one stream made below, which keeps their order, so that no events are needed.
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream()?;
-    let integrated = context.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_INTEGRATED)? > 0;
+    use sys::CUdevice_attribute_enum as attribute;
+    let has = |what| context.attribute(what).map(|value| value > 0);
+    let integrated = has(attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)?;
+    let maps = integrated
+        && has(attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?
+        && has(attribute::CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED)?
+        && has(attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED)?;
     let (name, capability) = (context.name()?, context.compute_capability()?);
-    Ok(Gpu { context, stream, name, capability, driver, integrated })
+    Ok(Gpu { context, stream, name, capability, driver, integrated, maps })
 }
 
 /// A GPU that the driver names.

@@ -1,8 +1,9 @@
 //! Linear layers, several of one x in one launch. Where weights are quantised, activations become bytes, once for all.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::sync::PoisonError;
 
+use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
 use super::weight::WeightArgument;
 use super::{CudaBuffer, CudaDevice, CudaWeight, address, code, zeros};
@@ -27,8 +28,13 @@ const STAGE_BYTES: [usize; 2] = [TILE * (64 + 16) + TILE * (32 + 16), 2 * TILE *
 /// Memory for activations as bytes. It grows to the most that was ever needed.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    codes: Option<CudaSlice<i8>>,
-    scales: Option<CudaSlice<f32>>,
+    codes: Option<Memory<i8>>,
+    scales: Option<Memory<f32>>,
+}
+
+/// Bytes of a [`Scratch`] that is large enough for `rows` rows of `depth` activations.
+pub(crate) fn scratch_bytes(rows: usize, depth: usize) -> usize {
+    rows.saturating_mul(depth.div_ceil(BLOCK)).saturating_mul(BLOCK + size_of::<f32>())
 }
 
 /// Addresses of memory for `rows` rows of `blocks` blocks of 128 bytes, and for `scales` scales.
@@ -124,9 +130,9 @@ impl Layer {
 /// A slice of at least `len` elements; what stood there may be lost. A new one holds zeros.
 pub(super) fn grown<'a, T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
     device: &CudaDevice,
-    slice: &'a mut Option<CudaSlice<T>>,
+    slice: &'a mut Option<Memory<T>>,
     len: Option<usize>,
-) -> Result<&'a CudaSlice<T>> {
+) -> Result<&'a Memory<T>> {
     let enough = slice.as_ref().zip(len).is_some_and(|(slice, len)| slice.len() >= len);
     if !enough {
         // Given back first: there may be no room for both.

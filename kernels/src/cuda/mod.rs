@@ -26,17 +26,19 @@ macro_rules! arguments {
     )*};
 }
 
-mod attention;
+pub(crate) mod arena;
+pub(crate) mod attention;
 mod cache;
 mod compile;
 mod decoder;
 mod driver;
 pub mod images;
 mod launch;
-mod layers;
+pub(crate) mod layers;
 pub mod ledger;
 mod pixels;
 mod replay;
+mod residence;
 mod roof;
 mod sample;
 mod self_test;
@@ -48,9 +50,9 @@ pub use driver::{CudaError, Found};
 pub use replay::CudaReplay;
 pub use weight::CudaWeight;
 
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::check;
 use crate::choice::{Allowed, Choice};
@@ -60,9 +62,11 @@ use crate::device::{
 };
 use crate::pixels::Picture;
 use crate::tensor::HostTensor;
+use arena::Memory;
 use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
 use layers::{Layer, Scratch};
+use residence::Residence;
 use weight::WeightArgument;
 
 /// Keys whose mean stands for that of all, as in the CPU's caches.
@@ -86,16 +90,16 @@ struct Inner {
     decoder: Mutex<decoder::Meeting>,
     pictures: Mutex<pixels::Kept>,
     choosing: Mutex<sample::Choosing>,
+    weights: Mutex<Residence>,
 }
 
 /// Frequencies of rotary positions by head width and bits of theta.
-type Frequencies = HashMap<(usize, u32), Arc<CudaSlice<f32>>>;
+type Frequencies = HashMap<(usize, u32), Arc<Memory<f32>>>;
 
 /// f32 activations on the GPU.
 #[derive(Debug)]
 pub struct CudaBuffer {
-    /// At least one element, as no allocation is empty.
-    data: CudaSlice<f32>,
+    data: Memory<f32>,
     len: usize,
 }
 
@@ -112,23 +116,23 @@ arguments! {
     Turn { heads: i32, key_heads: i32, pairs: i32, first: i32, frequencies: u64 }
 }
 
-/// The address of element `offset` of a slice.
-fn address<T>(slice: &CudaSlice<T>, offset: usize) -> u64 {
-    // With one stream and no events there is nothing to wait for, and nothing to record when this ends.
-    let (pointer, _order) = slice.device_ptr(slice.stream());
-    pointer + (offset * size_of::<T>()) as u64
+/// The address of element `offset` of memory.
+fn address<T: DeviceRepr>(memory: &Memory<T>, offset: usize) -> u64 {
+    memory.address(offset)
 }
 
-/// `bytes` zero bytes, at least one; an error where the count overflowed or there is no memory.
+/// `len` zeros; an error where the count overflowed or there is no memory.
 fn zeros<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
     device: &CudaDevice,
     op: &'static str,
     len: Option<usize>,
-) -> Result<CudaSlice<T>> {
+) -> Result<Memory<T>> {
     let too_many = DeviceError::OutOfMemory { bytes: usize::MAX };
     let bytes = len.and_then(|len| len.checked_mul(size_of::<T>())).filter(|&bytes| bytes <= isize::MAX as usize);
     let (Some(len), Some(bytes)) = (len, bytes) else { return Err(too_many) };
-    device.inner.gpu.stream.alloc_zeros(len.max(1)).map_err(failed(op, bytes))
+    let mut memory = Memory::new(&device.inner.gpu.stream, len).map_err(failed(op, bytes))?;
+    memory.clear().map_err(failed(op, bytes))?;
+    Ok(memory)
 }
 
 /// The kernels' number of an activation.
@@ -167,6 +171,7 @@ impl CudaDevice {
             decoder: Mutex::default(),
             pictures: Mutex::default(),
             choosing: Mutex::default(),
+            weights: Mutex::default(),
         };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
     }
@@ -227,23 +232,20 @@ impl CudaDevice {
     }
 
     /// Values on the GPU.
-    fn upload<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(
-        &self,
-        op: &'static str,
-        values: &[T],
-    ) -> Result<CudaSlice<T>> {
-        if values.is_empty() {
-            return zeros(self, op, Some(0));
-        }
-        let (stream, bytes) = (&self.inner.gpu.stream, size_of_val(values));
-        let data = stream.clone_htod(values).map_err(failed(op, bytes))?;
-        // The values may be gone when this returns.
-        stream.synchronize().map_err(failed(op, bytes))?;
-        Ok(data)
+    fn upload<T: DeviceRepr>(&self, op: &'static str, values: &[T]) -> Result<Memory<T>> {
+        let bytes = size_of_val(values);
+        let mut memory = Memory::new(&self.inner.gpu.stream, values.len()).map_err(failed(op, bytes))?;
+        memory.write(0, values).map_err(failed(op, bytes))?;
+        Ok(memory)
+    }
+
+    /// The weights' places. One that a thread panicked over holds no half of a weight.
+    fn residence(&self) -> MutexGuard<'_, Residence> {
+        self.inner.weights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The frequencies of rotary positions, `[head_dim / 2]`.
-    fn frequencies(&self, head_dim: usize, theta: f32) -> Result<Arc<CudaSlice<f32>>> {
+    fn frequencies(&self, head_dim: usize, theta: f32) -> Result<Arc<Memory<f32>>> {
         let mut known = self.inner.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(frequencies) = known.get(&(head_dim, theta.to_bits())) {
             return Ok(frequencies.clone());
@@ -288,27 +290,21 @@ impl Device for CudaDevice {
     }
 
     fn write(&self, data: &[f32], to: &mut CudaBuffer, offset: usize) -> Result<()> {
-        let end = check::range("write", "to", to.len, offset, data.len())?;
+        check::range("write", "to", to.len, offset, data.len())?;
         replay::refuse(&self.inner.gpu, "write")?;
         if data.is_empty() {
             return Ok(());
         }
-        let stream = &self.inner.gpu.stream;
-        let mut to = to.data.slice_mut(offset..end);
-        stream.memcpy_htod(data, &mut to).map_err(failed("write", 0))?;
-        // The data may be gone when this returns.
-        stream.synchronize().map_err(failed("write", 0))
+        to.data.write(offset, data).map_err(failed("write", 0))
     }
 
     fn read(&self, from: &CudaBuffer, offset: usize, out: &mut [f32]) -> Result<()> {
-        let end = check::range("read", "from", from.len, offset, out.len())?;
+        check::range("read", "from", from.len, offset, out.len())?;
         replay::refuse(&self.inner.gpu, "read")?;
         if out.is_empty() {
             return Ok(());
         }
-        let stream = &self.inner.gpu.stream;
-        stream.memcpy_dtoh(&from.data.slice(offset..end), out).map_err(failed("read", 0))?;
-        stream.synchronize().map_err(failed("read", 0))
+        from.data.read(offset, out).map_err(failed("read", 0))
     }
 
     fn wait(&self) -> Result<()> {
@@ -329,8 +325,16 @@ impl Device for CudaDevice {
         run!(self, "copy", copy, Grid::each(len), address(&from.data, from_offset), address(&to.data, to_offset), len)
     }
 
+    fn loading(&self, bytes: usize) {
+        self.residence().begin(&self.inner.gpu, bytes);
+    }
+
+    fn loaded(&self) -> Result<()> {
+        self.residence().end(&self.inner.gpu).map_err(failed("loaded", 0))
+    }
+
     fn weight(&self, tensor: &HostTensor) -> Result<CudaWeight> {
-        CudaWeight::upload(self, tensor)
+        CudaWeight::place(self, tensor)
     }
 
     fn weight_rows(&self, weight: &CudaWeight, first: usize, count: usize) -> Result<CudaWeight> {
@@ -691,10 +695,8 @@ impl Device for CudaDevice {
                 continue;
             }
             for head in 0..heads {
-                let from = head * of_from * part.position..(head * of_from + len) * part.position;
-                let to = head * of_to * part.position..(head * of_to + len) * part.position;
-                let (from, mut to) = (part.from.slice(from), part.to.slice_mut(to));
-                self.inner.gpu.stream.memcpy_dtod(&from, &mut to).map_err(failed(OP, 0))?;
+                let [from, to] = [of_from, of_to].map(|positions| head * positions * part.position);
+                part.from.copy(from, part.to, to, len * part.position).map_err(failed(OP, 0))?;
             }
         }
         Ok(())

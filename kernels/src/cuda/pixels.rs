@@ -1,10 +1,11 @@
 //! Camera pixels: what of them is uploaded, and the tables that scale them.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
+use super::arena::Memory;
 use super::driver::failed;
 use super::launch::{Argument, Grid, launch};
 use super::layers::grown;
@@ -23,16 +24,16 @@ const TABLES: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     /// A camera's pixels.
-    pixels: Option<CudaSlice<u8>>,
+    pixels: Option<Memory<u8>>,
     /// What lies between two scalings.
-    between: Option<CudaSlice<u8>>,
+    between: Option<Memory<u8>>,
     tables: HashMap<(usize, usize), Arc<Table>>,
 }
 
 /// An axis on the GPU: where each position begins, how many inputs it has, and their weights, one behind the other.
 #[derive(Debug)]
 struct Table {
-    data: CudaSlice<i32>,
+    data: Memory<i32>,
     taps: i32,
     size: usize,
 }
@@ -132,7 +133,7 @@ fn rows(start: i64, length: usize, size: usize) -> Range<usize> {
 }
 
 /// Uploads the rows that the cut reads.
-fn upload(device: &CudaDevice, picture: &Picture<'_>, kept: &mut Option<CudaSlice<u8>>) -> Result<Camera> {
+fn upload(device: &CudaDevice, picture: &Picture<'_>, kept: &mut Option<Memory<u8>>) -> Result<Camera> {
     let Picture { pixels: Pixels { width, height, format }, cut, grey, .. } = *picture;
     let Cut { x, y, outside, .. } = cut;
     let (plane, colour) = picture.pixels.planes();
@@ -144,15 +145,12 @@ fn upload(device: &CudaDevice, picture: &Picture<'_>, kept: &mut Option<CudaSlic
     let second = colour.map_or(0, |colour| bytes(&colour, &colour_lines));
     grown(device, kept, Some(first + second))?;
     let Some(to) = kept else { return Err(DeviceError::OutOfMemory { bytes: first + second }) };
-    let stream = &device.inner.gpu.stream;
     let parts = [(Some(plane), &lines, 0..first), (colour, &colour_lines, first..first + second)];
     for (plane, lines, place) in parts {
         let Some(plane) = plane else { continue };
         let from = &plane.data[lines.start * plane.pitch..][..place.len()];
-        stream.memcpy_htod(from, &mut to.slice_mut(place)).map_err(failed(OP, 0))?;
+        to.write(place.start, from).map_err(failed(OP, 0))?;
     }
-    // The pixels may be gone when this returns.
-    stream.synchronize().map_err(failed(OP, 0))?;
 
     let (number, yuv) = match format {
         Format::Rgb { .. } => (0, None),

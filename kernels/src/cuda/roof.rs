@@ -1,8 +1,8 @@
 //! What the GPU gives: the roofs that the speed of everything else is measured against.
 
-use cudarc::driver::CudaSlice;
 use std::time::Instant;
 
+use super::arena::Memory;
 use super::driver::failed;
 use super::launch::{Argument, Grid, launch};
 use super::{CudaDevice, address, zeros};
@@ -17,8 +17,8 @@ impl CudaDevice {
     /// Speed in GB/s (10⁹ bytes) at which a buffer of `bytes` bytes is read, which should be several times larger than
     /// the caches. [`crate::DeviceError::OutOfMemory`] where there is no room for it.
     pub fn measure_read_bandwidth(&self, bytes: usize) -> Result<f64> {
-        let data: CudaSlice<u8> = zeros(self, "roof", Some(bytes))?;
-        let out: CudaSlice<u32> = zeros(self, "roof", Some(256 * BLOCKS))?;
+        let data: Memory<u8> = zeros(self, "roof", Some(bytes))?;
+        let out: Memory<u32> = zeros(self, "roof", Some(256 * BLOCKS))?;
         let (data, count, out) = (address(&data, 0), bytes / 16, address(&out, 0));
         let grid = Grid::blocks([BLOCKS, 1, 1], 256);
         let seconds = self.median(|| run!(self, "roof", read_all, grid, data, count, out))?;
@@ -28,7 +28,7 @@ impl CudaDevice {
     /// Billions of multiplications and additions of f32 a second.
     pub fn measure_arithmetic(&self) -> Result<f64> {
         const ROUNDS: i32 = 1024;
-        let out: CudaSlice<f32> = zeros(self, "roof", Some(256 * BLOCKS))?;
+        let out: Memory<f32> = zeros(self, "roof", Some(256 * BLOCKS))?;
         let (factor, out) = (0.5f32, address(&out, 0));
         let grid = Grid::blocks([BLOCKS, 1, 1], 256);
         let seconds = self.median(|| run!(self, "roof", multiply_all, grid, ROUNDS, factor, out))?;
@@ -48,6 +48,11 @@ impl CudaDevice {
         let mut seconds = (0..PASSES).map(|_| once()).collect::<Result<Vec<f64>>>()?;
         seconds.sort_by(f64::total_cmp);
         Ok(seconds[PASSES / 2])
+    }
+
+    /// Whether the GPU's memory is the processor's.
+    pub fn is_integrated(&self) -> bool {
+        self.inner.gpu.integrated
     }
 
     /// Bytes of the GPU's memory that nobody uses, and all of them.

@@ -1,8 +1,9 @@
 //! Choosing a token on the GPU: what is allowed goes up where it has changed, and one id comes back.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::DeviceRepr;
 use std::sync::PoisonError;
 
+use super::arena::Memory;
 use super::driver::failed;
 use super::launch::{Argument, Grid, launch};
 use super::layers::grown;
@@ -28,10 +29,10 @@ pub(super) struct Choosing {
     /// The candidates of the last choice, which are still there in most of the next.
     words: Vec<u32>,
     next: Vec<u32>,
-    uploaded: Option<CudaSlice<u32>>,
+    uploaded: Option<Memory<u32>>,
     /// Zeros but for the outcome.
-    state: Option<CudaSlice<u32>>,
-    list: Option<CudaSlice<u64>>,
+    state: Option<Memory<u32>>,
+    list: Option<Memory<u64>>,
 }
 
 arguments! {
@@ -128,9 +129,7 @@ pub(super) fn choose(
         }
     }
     let mut outcome = [0; 3];
-    let stream = &device.inner.gpu.stream;
-    stream.memcpy_dtoh(&state.slice(OUTCOME..OUTCOME + outcome.len()), &mut outcome).map_err(failed(OP, 0))?;
-    stream.synchronize().map_err(failed(OP, 0))?;
+    state.read(OUTCOME, &mut outcome).map_err(failed(OP, 0))?;
     match outcome {
         [TOKEN, id, _] => Ok(id),
         [NOT_FINITE, id, logit] => Err(ChoiceError::NotFinite { id: id as usize, value: f32::from_bits(logit) }.into()),
@@ -141,7 +140,7 @@ pub(super) fn choose(
 /// Makes `next` what is held and uploaded, to where there is room for `room` words at least.
 fn upload(
     device: &CudaDevice,
-    uploaded: &mut Option<CudaSlice<u32>>,
+    uploaded: &mut Option<Memory<u32>>,
     held: &mut Vec<u32>,
     next: &mut Vec<u32>,
     room: usize,
@@ -153,9 +152,7 @@ fn upload(
     held.clear();
     grown(device, uploaded, Some(next.len().max(room)))?;
     if let Some(to) = uploaded.as_mut().filter(|_| !next.is_empty()) {
-        // The words stay as they are until the choice has been waited for.
-        let mut to = to.slice_mut(..next.len());
-        device.inner.gpu.stream.memcpy_htod(next, &mut to).map_err(failed(OP, 0))?;
+        to.write(0, next).map_err(failed(OP, 0))?;
     }
     std::mem::swap(held, next);
     Ok(())

@@ -1,11 +1,11 @@
 //! Weights on the GPU, as kernels take them.
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
-use std::sync::Arc;
+use cudarc::driver::DeviceRepr;
 
-use super::{CudaDevice, address};
+use super::CudaDevice;
+use super::driver::failed;
+use super::residence::Place;
 use crate::device::Result;
-use crate::scales::Scales;
 use crate::tensor::{DType, HostTensor};
 
 /// `Weight` of cuda/common.cuh.
@@ -26,12 +26,12 @@ pub(super) struct WeightArgument {
 // SAFETY: plain numbers, laid out as the kernels' struct of the same fields.
 unsafe impl DeviceRepr for WeightArgument {}
 
-/// A weight in the GPU's memory; views of its rows share that.
+/// A weight that the GPU reads; views of its rows share that.
 #[derive(Clone, Debug)]
 pub struct CudaWeight {
     /// The elements as they are stored, and the scales where there are any.
-    data: Arc<CudaSlice<u8>>,
-    scales: Option<Arc<CudaSlice<u8>>>,
+    data: Place,
+    scales: Option<Place>,
     argument: WeightArgument,
     rows: usize,
     depth: usize,
@@ -50,14 +50,16 @@ fn number(dtype: DType) -> i32 {
 }
 
 impl CudaWeight {
-    /// Copies a weight to the GPU.
-    pub(super) fn upload(device: &CudaDevice, tensor: &HostTensor) -> Result<Self> {
+    /// Finds a weight its place where the GPU reads it.
+    pub(super) fn place(device: &CudaDevice, tensor: &HostTensor) -> Result<Self> {
         const OP: &str = "weight";
         let (rows, depth, dtype) = (tensor.rows(), tensor.row_len(), tensor.dtype());
         let row_bytes = dtype.row_bytes(depth).unwrap_or(0);
-        let data = Arc::new(device.upload(OP, tensor.bytes())?);
+        let ((bytes, range), gpu) = (tensor.kept(), &device.inner.gpu);
+        let len = range.len();
+        let data = device.residence().place(gpu, bytes, range).map_err(failed(OP, len))?;
         let mut argument = WeightArgument {
-            data: address(&data, 0),
+            data: data.address(),
             row_bytes: row_bytes as i64,
             rows: device.small(OP, "rows", rows)?,
             depth: device.small(OP, "elements of a row", depth)?,
@@ -67,14 +69,24 @@ impl CudaWeight {
         let scales = match tensor.scales() {
             None => None,
             Some(scales) => {
-                let (bytes, kind) = stored(scales);
-                let uploaded = Arc::new(device.upload(OP, &bytes)?);
-                argument.scales = address(&uploaded, 0);
+                let (place, len, kind) = match scales.kept() {
+                    Some((bytes, range, kind)) => {
+                        let len = range.len();
+                        (device.residence().place(gpu, bytes, range), len, kind)
+                    }
+                    None => {
+                        let rows = scales.of_rows().unwrap_or(&[]);
+                        let bytes: Vec<u8> = rows.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+                        (device.residence().upload(gpu, &bytes), bytes.len(), DType::F32)
+                    }
+                };
+                let place = place.map_err(failed(OP, len))?;
+                argument.scales = place.address();
                 argument.scale_kind = number(kind);
                 // Groups are powers of two; every element of a row is in the first of 2³¹.
                 argument.group_shift = scales.group().map_or(31, |group| group.trailing_zeros() as i32);
                 argument.scales_per_row = device.small(OP, "scales of a row", scales.per_row())?;
-                Some(uploaded)
+                Some(place)
             }
         };
         Ok(CudaWeight { data, scales, argument, rows, depth, dtype })
@@ -94,7 +106,7 @@ impl CudaWeight {
 
     /// As kernels take it. The memory lives as long as this.
     pub(super) fn argument(&self) -> WeightArgument {
-        debug_assert!(self.argument.data >= address(&self.data, 0));
+        debug_assert!(self.argument.data >= self.data.address());
         self.argument
     }
 
@@ -133,13 +145,5 @@ impl CudaWeight {
     /// How elements are stored.
     pub(super) fn dtype(&self) -> DType {
         self.dtype
-    }
-}
-
-/// The scales' bytes and type: those of whole rows as f32.
-fn stored(scales: &Scales) -> (Vec<u8>, DType) {
-    match (scales.of_groups(), scales.of_rows()) {
-        (Some((bytes, dtype)), _) => (bytes.to_vec(), dtype),
-        (None, rows) => (rows.unwrap_or(&[]).iter().flat_map(|scale| scale.to_le_bytes()).collect(), DType::F32),
     }
 }

@@ -22,15 +22,60 @@ pub(crate) fn folder() -> PathBuf {
 }
 
 /// Makes the stand-in the driver of this process. The driver that is looked for later is the one that is loaded.
-pub(crate) fn load() {
-    static LOADED: OnceLock<()> = OnceLock::new();
+pub(crate) fn load() -> &'static libloading::Library {
+    // For as long as the process runs.
+    static LOADED: OnceLock<libloading::Library> = OnceLock::new();
     LOADED.get_or_init(|| {
         let path = folder().join("libcuda.so.1");
         // SAFETY: its initialisers only make tables of its own.
-        let library = unsafe { libloading::Library::new(path) }.expect("the library that was just built");
-        // For as long as the process runs.
-        std::mem::forget(library);
-    });
+        unsafe { libloading::Library::new(path) }.expect("the library that was just built")
+    })
+}
+
+/// What the stand-in has allocated: `Counts` of cuda/host/libcuda.cpp.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Counts {
+    /// Allocations and registrations so far.
+    pub(crate) made: u64,
+    /// Those there are: of the device, of pinned memory, and registered.
+    pub(crate) device: u64,
+    pub(crate) host: u64,
+    pub(crate) registered: u64,
+    /// Bytes of the device, and the most since this was last asked.
+    pub(crate) used: u64,
+    pub(crate) most_used: u64,
+}
+
+/// What is allocated now in this process, by whatever test.
+pub(crate) fn counts() -> Counts {
+    let mut counts = Counts::default();
+    // SAFETY: the function is the stand-in's, and has this signature.
+    unsafe {
+        let ask: libloading::Symbol<'_, unsafe extern "C" fn(*mut Counts)> =
+            load().get(b"standin_memory").expect("its own");
+        ask(&raw mut counts);
+    }
+    counts
+}
+
+/// Runs `body` of test `name` in a process of its own, on the stand-in in the state `state`; gives what it printed.
+pub(crate) fn alone(name: &str, state: &str, lazy: bool, body: impl FnOnce()) -> String {
+    const CHILD: &str = "CANDOR_TEST_ALONE";
+    if std::env::var_os(CHILD).is_some() {
+        body();
+        println!("\nended well");
+        // Not back to the test, which may have more to do in other processes.
+        std::process::exit(0);
+    }
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(CHILD, name);
+    command.env("CUDA_STANDIN", state).env("CUDA_STANDIN_LAZY", if lazy { "1" } else { "0" });
+    command.env_remove("CANDOR_TEST_GPU");
+    let output = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("ended well"), "{name}, {state}: {said}");
+    said
 }
 
 /// Opens the GPU of this machine where CANDOR_TEST_GPU is set (scripts/gpu-check.sh), else the stand-in's. It has the kernels itself; this image says so.

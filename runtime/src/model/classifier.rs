@@ -9,7 +9,7 @@ use super::ModelError;
 use super::bert::Bert;
 use super::checkpoint::OpenCheckpoint;
 use super::config::ClassifierConfig;
-use super::layers::{Bias, Linear, Loader};
+use super::layers::{Bias, Linear, Loader, loading};
 use super::rows::allocate;
 use crate::weights::{Checkpoint, Inventory};
 
@@ -49,10 +49,15 @@ impl<D: Device> Classifier<D> {
             true => ("roberta", "classifier.dense", "classifier.out_proj"),
             false => ("bert", "bert.pooler.dense", "classifier"),
         };
+        let (bert, dense, output) = loading(&device, checkpoint.tensor_bytes(""), || {
+            let bert = Bert::load(&device, &root.under(encoder), &config.encoder)?;
+            let dense = root.linear(dense, width, width, Bias::Each)?;
+            Ok((bert, dense, root.linear(output, width, labels, Bias::Each)?))
+        })?;
         let classifier = Classifier {
-            bert: Bert::load(&device, &root.under(encoder), &config.encoder)?,
-            dense: root.linear(dense, width, width, Bias::Each)?,
-            output: root.linear(output, width, labels, Bias::Each)?,
+            bert,
+            dense,
+            output,
             pooled: allocate(&device, &[width])?,
             scores: allocate(&device, &[labels])?,
             logits: vec![0.0; labels],

@@ -55,6 +55,20 @@ impl<'a, D: Device> Loader<'a, D> {
     }
 }
 
+/// What `load` makes of weights of about `bytes` bytes, which the device is told of.
+pub(super) fn loading<D: Device, T>(
+    device: &D,
+    bytes: usize,
+    load: impl FnOnce() -> Result<T, ModelError>,
+) -> Result<T, ModelError> {
+    device.loading(bytes);
+    let loaded = load();
+    let done = device.loaded();
+    let loaded = loaded?;
+    done?;
+    Ok(loaded)
+}
+
 /// Whether a linear layer adds a bias.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Bias {

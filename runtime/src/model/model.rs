@@ -11,7 +11,7 @@ use super::checkpoint::{AUDIO, BERT, OpenCheckpoint, Tower, VISION, finish_main,
 use super::config::ModelConfig;
 use super::decoder::{Decoder, Session};
 use super::gate::{BRANCHES, Gate};
-use super::layers::Loader;
+use super::layers::{Loader, loading};
 use super::projector::Projector;
 use super::vision::VisionTower;
 use super::{Adapter, Batch, ModelError, Rows};
@@ -91,19 +91,24 @@ impl<D: Device> Model<D> {
         let root = Loader::new(&device, inventory.part(""));
         let inside = root.under("model");
 
-        let vision = VisionTower::load(&device, &part(0, VISION), &config.vision)?;
-        let projector_part = inside.under("mm_projector");
-        let width = config.decoder.width;
-        let projector = Projector::load(&device, &projector_part, config.projector, &config.vision, width)?;
-        let gate = Gate::load(&device, &part(1, BERT), &inside.under("bert_gate"), &config.bert)?;
-        let audio = match &config.audio {
-            Some(audio) => {
-                let projector = inside.under("audio_projector");
-                Some(AudioTower::load(&device, &part(2, AUDIO), &projector, audio, width)?)
-            }
-            None => None,
-        };
-        let decoder = Arc::new(Decoder::load(&device, &root, &config.decoder)?);
+        let towers = separate.into_iter().flatten().map(|tower| tower.checkpoint.tensor_bytes(tower.prefix));
+        let bytes = main.tensor_bytes("") + towers.sum::<usize>();
+        let (vision, projector, gate, audio, decoder) = loading(&device, bytes, || {
+            let vision = VisionTower::load(&device, &part(0, VISION), &config.vision)?;
+            let projector_part = inside.under("mm_projector");
+            let width = config.decoder.width;
+            let projector = Projector::load(&device, &projector_part, config.projector, &config.vision, width)?;
+            let gate = Gate::load(&device, &part(1, BERT), &inside.under("bert_gate"), &config.bert)?;
+            let audio = match &config.audio {
+                Some(audio) => {
+                    let projector = inside.under("audio_projector");
+                    Some(AudioTower::load(&device, &part(2, AUDIO), &projector, audio, width)?)
+                }
+                None => None,
+            };
+            let decoder = Arc::new(Decoder::load(&device, &root, &config.decoder)?);
+            Ok((vision, projector, gate, audio, decoder))
+        })?;
 
         finish_main(&inventory, &config)?;
         for (inventory, tower) in inventories.iter().flatten() {

@@ -7,7 +7,7 @@ pub mod report;
 pub mod reuse;
 pub mod watcher;
 
-pub use plan::{Pictures, Plan, PlanError};
+pub use plan::{GpuMemory, Pictures, Plan, PlanError};
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, ReportError};
 pub use reuse::{ParseReuseError, Reuse, Work};

@@ -29,14 +29,14 @@ const SENTENCE: usize = 64;
 const WORDS: usize = 1024;
 
 /// The program, its heap, and the libraries it is linked with.
-const PROGRAM: Held = Held { mapped: 9_500_000, owned: 3_000_000 };
+const PROGRAM: Held = Held { mapped: 9_500_000, owned: 3_000_000, gpu: 0 };
 /// A tokenizer, and the tables made of it, for each byte of its files.
 const TOKENIZER: u64 = 20;
 /// The face detector and the pictures it makes smaller.
-const FACES: Held = Held { mapped: 0, owned: 8_000_000 };
+const FACES: Held = Held { mapped: 0, owned: 8_000_000, gpu: 0 };
 /// GStreamer with its list of plugins and a decoder, without frames.
 #[cfg(feature = "media")]
-const GSTREAMER: Held = Held { mapped: 45_000_000, owned: 12_000_000 };
+const GSTREAMER: Held = Held { mapped: 45_000_000, owned: 12_000_000, gpu: 0 };
 /// Pictures of RGB that are on their way, and as many of a decoder's (half the size) that it keeps.
 #[cfg(feature = "media")]
 const PICTURES_ON_THE_WAY: u64 = 8;
@@ -61,6 +61,30 @@ pub enum PlanError {
         /// Bytes available.
         available: u64,
     },
+    /// The GPU has less memory free than the plan needs of it.
+    #[error(
+        "{need:.0} MB of the GPU's memory are needed and {free:.0} MB are free, {shortfall:.0} MB too few (candor plan says \
+         what for); end what else uses the GPU, take a smaller model, store its weights in fewer bits (candor-tools \
+         quantize), or go on with --ignore-memory",
+        need = megabytes(*need), free = megabytes(*free), shortfall = megabytes(need.saturating_sub(*free))
+    )]
+    ShortOnGpu {
+        /// Bytes needed.
+        need: u64,
+        /// Bytes free.
+        free: u64,
+    },
+}
+
+/// A GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// Bytes that nobody uses.
+    pub free: u64,
+    /// All bytes.
+    pub total: u64,
+    /// Whether it is the processor's memory.
+    pub shared: bool,
 }
 
 fn megabytes(bytes: u64) -> f64 {
@@ -108,12 +132,21 @@ impl Plan {
     /// # Errors
     /// Those of opening the folders, but for what only the weights' bytes or the tokenizers would show.
     pub fn new(folder: &Path, verifier: &Path, device: CpuDevice, pictures: Pictures) -> Result<Plan, PlanError> {
-        Ok(Self::of(folder, verifier, device, pictures)?)
+        Ok(Self::of(folder, verifier, PlanDevice::new(device), pictures)?)
     }
 
-    fn of(folder: &Path, verifier: &Path, device: CpuDevice, pictures: Pictures) -> Result<Plan, WatchError> {
+    /// As [`Plan::new`], where a GPU computes: its memory is counted beside the process's. What its driver takes itself is
+    /// not known, and gone already from what is free when the GPU is open.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`].
+    pub fn on_gpu(folder: &Path, verifier: &Path, pictures: Pictures) -> Result<Plan, PlanError> {
+        Ok(Self::of(folder, verifier, PlanDevice::of_gpu(CpuDevice::new(Some(1))), pictures)?)
+    }
+
+    fn of(folder: &Path, verifier: &Path, device: PlanDevice, pictures: Pictures) -> Result<Plan, WatchError> {
         let manifest = Manifest::open(folder)?;
-        let mut parts = Parts { device: PlanDevice::new(device), last: Held::default(), parts: Vec::new() };
+        let mut parts = Parts { device, last: Held::default(), parts: Vec::new() };
         let mut model = Model::open_headers(folder, parts.device.clone())?;
         let mut classifier = Classifier::open_headers(verifier, parts.device.clone())?;
         parts.add("copies of small weights and scales", 0);
@@ -157,7 +190,7 @@ impl Plan {
 
         let folders = [Some(folder), config.bert_folder.as_deref(), Some(verifier)];
         let files: u64 = folders.into_iter().flatten().map(tokenizer_bytes).sum();
-        parts.push("tokenizers and grammar", Held { mapped: 0, owned: TOKENIZER * files });
+        parts.push("tokenizers and grammar", Held { owned: TOKENIZER * files, ..Held::default() });
         if input.fit == Fit::Face {
             parts.push("face detector", FACES);
         }
@@ -165,7 +198,7 @@ impl Plan {
         {
             let settings = WindowSettings::new(config.frames, input.window_s, input.step_s);
             let owned = settings.map_or(0, |settings| pictures.held_bytes(&settings));
-            parts.push("frames", Held { mapped: 0, owned });
+            parts.push("frames", Held { owned, ..Held::default() });
             parts.push("GStreamer", GSTREAMER);
         }
         #[cfg(not(feature = "media"))]
@@ -184,7 +217,7 @@ impl Plan {
     /// All parts together.
     pub fn held(&self) -> Held {
         let sum = |of: fn(Held) -> u64| self.parts.iter().map(|part| of(part.held)).sum();
-        Held { mapped: sum(|held| held.mapped), owned: sum(|held| held.owned) }
+        Held { mapped: sum(|held| held.mapped), owned: sum(|held| held.owned), gpu: sum(|held| held.gpu) }
     }
 
     /// Bytes of all parts together.
@@ -204,6 +237,23 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether the process's memory suffices, as in [`Plan::check`], and a GPU's. Where they are one, it is for both together.
+    ///
+    /// # Errors
+    /// [`PlanError::Short`] or [`PlanError::ShortOnGpu`] where they do not.
+    pub fn check_with_gpu(&self, available: Option<u64>, gpu: GpuMemory) -> Result<(), PlanError> {
+        let need = self.held().gpu;
+        if gpu.shared {
+            // What is free does not count pages that the system would give up.
+            let (need, available) = (self.total() + need, available.unwrap_or(gpu.free));
+            return if available < need { Err(PlanError::Short { need, available }) } else { Ok(()) };
+        }
+        self.check(available)?;
+        if gpu.free < need { Err(PlanError::ShortOnGpu { need, free: gpu.free }) } else { Ok(()) }
+    }
+}
+
 /// Parts that follow from one another: each is what the device holds more than before.
 struct Parts {
     device: PlanDevice,
@@ -215,16 +265,24 @@ impl Parts {
     /// What the device holds more than at the last call, and bytes of the host's.
     fn add(&mut self, name: &'static str, host_bytes: usize) {
         let now = self.device.held();
-        let held =
-            Held { mapped: now.mapped - self.last.mapped, owned: now.owned - self.last.owned + host_bytes as u64 };
+        let held = Held {
+            mapped: now.mapped - self.last.mapped,
+            owned: now.owned - self.last.owned + host_bytes as u64,
+            gpu: now.gpu - self.last.gpu,
+        };
         self.last = now;
         self.push(name, held);
     }
 
     /// Gives some of a part's own bytes a name of their own.
     fn split(&mut self, name: &'static str, of: &'static str, bytes: u64) {
-        self.parts.iter_mut().filter(|part| part.name == name).for_each(|part| part.held.owned -= bytes);
-        self.push(of, Held { mapped: 0, owned: bytes });
+        let of_gpu = self.device.is_of_gpu();
+        let split =
+            if of_gpu { Held { gpu: bytes, ..Held::default() } } else { Held { owned: bytes, ..Held::default() } };
+        for Part { held, .. } in self.parts.iter_mut().filter(|part| part.name == name) {
+            (held.owned, held.gpu) = (held.owned - split.owned, held.gpu - split.gpu);
+        }
+        self.push(of, split);
     }
 
     /// Adds to a part, or a new one.
@@ -233,6 +291,7 @@ impl Parts {
             Some(part) => {
                 part.held.mapped += held.mapped;
                 part.held.owned += held.owned;
+                part.held.gpu += held.gpu;
             }
             None => self.parts.push(Part { name, held }),
         }
@@ -308,6 +367,37 @@ mod tests {
         for said in [need.as_str(), "20 MB too few", "candor-tools quantize", "--ignore-memory"] {
             assert!(text.contains(said), "{said:?} is not in {text:?}");
         }
+    }
+
+    #[test]
+    fn a_gpu_holds_what_is_computed_with_and_shares_it_where_it_is_integrated() {
+        let cpu = plan(Pictures::default());
+        let plan = Plan::on_gpu(&models().join("default"), &models().join("default-verifier"), Pictures::default());
+        let plan = plan.unwrap();
+        let (host, gpu) = (plan.total(), plan.held().gpu);
+        let file = |name: &str| fs::metadata(models().join(name).join("model.safetensors")).unwrap().len();
+        let stored = file("default") + file("default-verifier");
+        assert!(gpu > stored && gpu < stored + cpu.held().owned, "{gpu} bytes, {stored} stored");
+        assert!(host < cpu.total() - stored / 2, "{host} bytes beside a GPU, {} without", cpu.total());
+        assert_eq!(gpu, plan.parts.iter().map(|part| part.held.gpu).sum::<u64>());
+        assert!(plan.parts.iter().any(|part| part.name == "key-value cache" && part.held.gpu > 0));
+
+        let on = |free, shared| GpuMemory { free, total: 1 << 40, shared };
+        assert!(plan.check_with_gpu(Some(host), on(gpu, false)).is_ok());
+        assert!(plan.check_with_gpu(None, on(gpu, false)).is_ok());
+        let error = plan.check_with_gpu(Some(host - 1), on(gpu, false)).unwrap_err();
+        assert!(matches!(error, PlanError::Short { .. }));
+        let error = plan.check_with_gpu(Some(host), on(gpu - 20_000_000, false)).unwrap_err();
+        assert!(matches!(error, PlanError::ShortOnGpu { need, .. } if need == gpu));
+        let text = error.to_string();
+        for said in ["MB of the GPU's memory are needed", "20 MB too few", "--ignore-memory"] {
+            assert!(text.contains(said), "{said:?} is not in {text:?}");
+        }
+        // One memory is counted once, by what the system says of it; what the driver calls free leaves the page cache out.
+        assert!(plan.check_with_gpu(Some(host + gpu), on(0, true)).is_ok());
+        assert!(plan.check_with_gpu(None, on(host + gpu, true)).is_ok());
+        let error = plan.check_with_gpu(Some(host + gpu - 1), on(1 << 40, true)).unwrap_err();
+        assert!(matches!(error, PlanError::Short { need, .. } if need == host + gpu));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candor_kernels::scales::ScaleError;
-use candor_kernels::tensor::TensorError;
+use candor_kernels::tensor::{Keeper, TensorError};
 use candor_kernels::{DType, HostTensor, Scales};
 use serde::Deserialize;
 
@@ -204,6 +204,12 @@ impl Checkpoint {
     /// Bytes of address space that the mappings take. Memory is taken page by page, when a weight is first used.
     pub fn mapped_bytes(&self) -> usize {
         self.files.iter().map(|f| f.bytes().len()).sum()
+    }
+
+    /// Bytes of the tensors whose names start with `prefix`, each at a multiple of 256 as in a GPU's memory.
+    pub(crate) fn tensor_bytes(&self, prefix: &str) -> usize {
+        let under = self.tensors.range(prefix.to_owned()..).take_while(|(name, _)| name.starts_with(prefix));
+        under.map(|(_, tensor)| tensor.entry.len.next_multiple_of(256)).sum()
     }
 
     /// Every tensor's name, sorted.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use candor_kernels::tensor::Keeper;
 use memmap2::Mmap;
 
 use super::WeightsError;
@@ -44,22 +45,6 @@ impl Mapping {
         let map = unsafe { Mmap::map(file) }.map_err(io)?;
         Ok(Mapping(map))
     }
-
-    /// Lets go of the pages that `range` touches. They are read from the file again when they are used.
-    pub(super) fn let_go(&self, range: Range<usize>) {
-        #[cfg(unix)]
-        {
-            // SAFETY: the mapping is read-only and of a file, so a page that comes back holds what it held. The range lies in
-            // the mapping, as every tensor's does.
-            let advised =
-                unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
-            if let Err(error) = advised {
-                log::debug!("pages stay where they are: {error}");
-            }
-        }
-        #[cfg(not(unix))]
-        let _ = range;
-    }
 }
 
 /// A file and its content: device, inode, length, and the time of the last change in seconds and nanoseconds. `None` where
@@ -80,6 +65,29 @@ fn identity(_: &Metadata) -> Identity {
 impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+impl Keeper for Mapping {
+    fn is_mapping(&self) -> bool {
+        true
+    }
+
+    /// Lets go of the pages that `range` touches. They are read from the file again when they are used.
+    fn let_go(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            let end = range.end.min(self.0.len());
+            let (start, len) = (range.start.min(end), end.saturating_sub(range.start));
+            // SAFETY: the mapping is read-only and of a file, so a page that comes back holds what it held. The range lies in
+            // the mapping.
+            let advised = unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+            if let Err(error) = advised {
+                log::debug!("pages stay where they are: {error}");
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

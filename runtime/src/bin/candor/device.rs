@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
+use candor::watch::GpuMemory;
 use candor_kernels::cpu::CpuDevice;
 use candor_kernels::cuda::{CudaDevice, CudaError};
 
@@ -72,6 +73,12 @@ impl Choice {
             },
         }
     }
+}
+
+/// What a GPU has of memory.
+pub(crate) fn gpu_memory(device: &CudaDevice) -> Result<GpuMemory> {
+    let (free, total) = device.memory()?;
+    Ok(GpuMemory { free: free as u64, total: total as u64, shared: device.is_integrated() })
 }
 
 /// Runs `$body` with the device in `$chosen`, whichever it is.

@@ -72,6 +72,8 @@ struct Gpu {
     name: String,
     compute_capability: String,
     memory_mb: f64,
+    /// What of it nobody uses; none where the GPU cannot be used.
+    free_mb: Option<f64>,
     /// Whether every kernel was run on it and computed what the processor does.
     usable: bool,
     /// What it is in use, or why it cannot be used.
@@ -251,9 +253,9 @@ fn gpus(choice: Choice, found: &mut Findings) -> Vec<Gpu> {
     }
     all.into_iter()
         .map(|gpu| {
-            let (usable, about) = match CudaDevice::open(gpu.ordinal) {
-                Ok(device) => (true, device.describe()),
-                Err(error) => (false, error.to_string()),
+            let (usable, free, about) = match CudaDevice::open(gpu.ordinal) {
+                Ok(device) => (true, device.memory().ok(), device.describe()),
+                Err(error) => (false, None, error.to_string()),
             };
             if !usable && choice == Choice::Cuda(gpu.ordinal) {
                 found.problems.push(format!("--device {choice}: {about}"));
@@ -265,6 +267,7 @@ fn gpus(choice: Choice, found: &mut Findings) -> Vec<Gpu> {
                 name: gpu.name,
                 compute_capability: format!("{}.{}", gpu.capability.0, gpu.capability.1),
                 memory_mb: gpu.memory as f64 / 1e6,
+                free_mb: free.map(|(free, _)| free as f64 / 1e6),
                 usable,
                 about,
             }
@@ -370,8 +373,9 @@ fn text(report: &Report) -> String {
     }
     for gpu in &report.devices {
         let state = if gpu.usable { "used" } else { "NOT used" };
-        let Gpu { number, name, memory_mb, about, .. } = gpu;
-        line("GPU", format!("{number}: {name}, {memory_mb:.0} MB, {state}: {about}"));
+        let Gpu { number, name, memory_mb, free_mb, about, .. } = gpu;
+        let free = free_mb.map_or(String::new(), |free| format!(", {free:.0} MB free"));
+        line("GPU", format!("{number}: {name}, {memory_mb:.0} MB{free}, {state}: {about}"));
     }
     for (kind, folder) in [("model", &report.model), ("verifier", &report.verifier)] {
         let Some(Folder { folder, name, version, as_listed, sha256 }) = folder else { continue };

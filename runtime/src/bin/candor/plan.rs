@@ -8,9 +8,9 @@ use anyhow::{Result, bail};
 use candor::manifest::Manifest;
 use candor::message::say;
 use candor::watch::{Pictures, Plan};
-use candor_kernels::cpu::CpuDevice;
 use serde::Serialize;
 
+use crate::device::{Choice, Chosen, gpu_memory};
 use crate::{folders, machine};
 
 /// Say what watching with a model takes of memory, by part, without loading it.
@@ -28,7 +28,10 @@ pub(crate) struct PlanArgs {
     /// The source's pictures a second.
     #[arg(long, value_name = "N", default_value_t = 30.0)]
     rate: f64,
-    /// Threads; one for each core if not given.
+    /// Where to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
+    /// Threads of the processor; one for each core if not given.
     #[arg(long)]
     threads: Option<usize>,
     /// Print one JSON object.
@@ -60,6 +63,17 @@ struct Report {
     total: Line,
     /// What this process could take; null where the system does not say.
     available_mb: Option<f64>,
+    /// The GPU's memory, where one computes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<Gpu>,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    total_mb: f64,
+    free_mb: f64,
+    /// Whether it is the processor's: what the GPU takes is then taken of what is available.
+    shared: bool,
 }
 
 #[derive(Serialize)]
@@ -70,6 +84,9 @@ struct Line {
     /// Everything else.
     anonymous_mb: f64,
     mb: f64,
+    /// What a GPU holds beside that, where one computes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_mb: Option<f64>,
 }
 
 pub(crate) fn run(arguments: PlanArgs) -> Result<()> {
@@ -80,17 +97,22 @@ pub(crate) fn run(arguments: PlanArgs) -> Result<()> {
     let model = folders::model(arguments.model)?;
     let verifier = verifier(&model, arguments.verifier)?;
     let pictures = Pictures { width, height, rate: arguments.rate };
-    let plan = Plan::new(&model, &verifier, CpuDevice::new(arguments.threads), pictures)?;
+    let (plan, gpu) = match arguments.device.open(arguments.threads)? {
+        Chosen::Cpu(device) => (Plan::new(&model, &verifier, device, pictures)?, None),
+        Chosen::Cuda(device) => (Plan::on_gpu(&model, &verifier, pictures)?, Some(gpu_memory(&device)?)),
+    };
     let line = |part, held: candor_kernels::cpu::Held| Line {
         part,
         file_mb: megabytes(held.mapped),
         anonymous_mb: megabytes(held.owned),
         mb: megabytes(held.total()),
+        gpu_mb: gpu.map(|_| megabytes(held.gpu)),
     };
     let report = Report {
         parts: plan.parts.iter().map(|part| line(part.name, part.held)).collect(),
         total: line("total", plan.held()),
         available_mb: machine::memory_available().map(megabytes),
+        gpu: gpu.map(|gpu| Gpu { total_mb: megabytes(gpu.total), free_mb: megabytes(gpu.free), shared: gpu.shared }),
         model,
         verifier,
     };
@@ -111,12 +133,19 @@ fn megabytes(bytes: u64) -> f64 {
 }
 
 fn table(report: &Report) -> Result<String> {
-    let mut text = format!("{:<35} {:>8} {:>8} {:>8}", "MB", "file", "other", "both");
-    for Line { part, file_mb, anonymous_mb, mb } in report.parts.iter().chain([&report.total]) {
-        write!(text, "\n{part:<35} {file_mb:>8.1} {anonymous_mb:>8.1} {mb:>8.1}")?;
+    let of_gpu = |text: String| if report.gpu.is_some() { format!(" {text:>8}") } else { String::new() };
+    let mut text = format!("{:<35} {:>8} {:>8} {:>8}{}", "MB", "file", "other", "both", of_gpu("GPU".to_owned()));
+    for Line { part, file_mb, anonymous_mb, mb, gpu_mb } in report.parts.iter().chain([&report.total]) {
+        let gpu = of_gpu(gpu_mb.map_or(String::new(), |mb| format!("{mb:.1}")));
+        write!(text, "\n{part:<35} {file_mb:>8.1} {anonymous_mb:>8.1} {mb:>8.1}{gpu}")?;
     }
     if let Some(available) = report.available_mb {
-        write!(text, "\n{:<35} {:>8} {:>8} {available:>8.1}", "available", "", "")?;
+        let free = match &report.gpu {
+            Some(gpu) if gpu.shared => "the same".to_owned(),
+            Some(gpu) => format!("{:.1}", gpu.free_mb),
+            None => String::new(),
+        };
+        write!(text, "\n{:<35} {:>8} {:>8} {available:>8.1}{}", "available", "", "", of_gpu(free))?;
     }
     Ok(text)
 }

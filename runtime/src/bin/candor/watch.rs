@@ -14,7 +14,7 @@ use candor::watch::{Pictures, Plan, Policy, Report, Reuse, WatchSettings, Watche
 use candor_kernels::Device;
 use clap::Args;
 
-use crate::device::{Choice, Chosen, with_device};
+use crate::device::{Choice, Chosen, gpu_memory, with_device};
 use crate::{folders, machine, plan, terminal};
 
 /// Exit status of a program that an interrupt ended.
@@ -84,9 +84,16 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let folder = folders::model(args.model.clone())?;
     let verifier = plan::verifier(&folder, args.verifier.clone())?;
     let device = args.device.open(args.threads)?;
-    // A plan is of the processor's memory.
-    if let (Chosen::Cpu(device), false) = (&device, args.ignore_memory) {
-        Plan::new(&folder, &verifier, device.clone(), Pictures::default())?.check(machine::memory_available())?;
+    let pictures = Pictures::default();
+    match &device {
+        _ if args.ignore_memory => {}
+        Chosen::Cpu(device) => {
+            Plan::new(&folder, &verifier, device.clone(), pictures)?.check(machine::memory_available())?;
+        }
+        Chosen::Cuda(device) => {
+            let plan = Plan::on_gpu(&folder, &verifier, pictures)?;
+            plan.check_with_gpu(machine::memory_available(), gpu_memory(device)?)?;
+        }
     }
     with_device!(device, device => run_on(device, args, &folder, &verifier, &stop))
 }
