@@ -6,7 +6,7 @@ PACKAGES ?= -p candor
 profile_folder = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 candor = target/$(profile_folder)/candor
 
-.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser cuda cuda-proof cuda-table gpu-check
+.PHONY: help setup build test test-arm64 demo bench lint check-docs check-browser cuda cuda-tools cuda-proof cuda-table gpu-check
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -21,6 +21,10 @@ build: setup ## build the command line, target/release/candor
 cuda: setup ## build the command line with the kernels for every GPU (fetches CUDA's compilers by pip into .tools)
 	@scripts/setup-cuda.sh thor
 	CANDOR_CUDA=all cargo build --locked --profile $(PROFILE) $(PACKAGES)
+
+cuda-tools: setup ## build candor-tools with training on a GPU (fetches CUDA's nvcc by pip into .tools, unless there is one)
+	@scripts/setup-cuda.sh thor
+	CANDOR_CUDA=all scripts/cuda-tools.sh build --profile $(PROFILE)
 
 cuda-proof: setup ## run every test of the CUDA kernels that needs no GPU
 	@scripts/cuda-proof.sh

@@ -30,6 +30,10 @@ for package in candor-kernels:kernels candor:runtime; do
     [ -z "$options" ] || run -p "${package%%:*}" $options
 done
 
+# Training on a GPU has no tests without one, and still has to compile.
+echo "cuda-proof: candor-tools with the feature cuda"
+CANDOR_CUDA=none scripts/cuda-tools.sh check --quiet || result=1
+
 count() {
     grep '^test result:' "$log" | grep -oE "[0-9]+ $1" | awk '{ sum += $1 } END { print sum + 0 }'
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fetches the CUDA compiler (NVRTC) and its headers by pip into .tools/cuda126, and with `setup-cuda.sh thor` those of
-# CUDA 13.0 into .tools/cuda130 too, which alone knows Jetson Thor. No GPU, driver or CUDA toolkit is needed. Does
+# CUDA 13.0 into .tools/cuda130 too, which alone knows Jetson Thor. `setup-cuda.sh tools` fetches nvcc of CUDA 13.0 instead,
+# into .tools/nvcc130, for candor-tools with training on a GPU. No GPU, driver or CUDA toolkit is needed. Does
 # nothing where they are there already.
 set -eu
 cd "$(dirname "$0")/.."
@@ -35,7 +36,7 @@ fetch() {
         fail "pip could not fetch them (its messages stand above); there are packages for Linux on x86-64 and 64-bit ARM"
     }
     # Nothing that a compilation reads.
-    find "$part" \( -name '*.a' -o -name '*.alt.so*' -o -name '__pycache__' \) -prune -exec rm -rf {} +
+    find "$part" \( -name '*.a' ! -name libcudart_static.a -o -name '*.alt.so*' -o -name '__pycache__' \) -prune -exec rm -rf {} +
     cp "$list" "$part/list.txt"
     chmod 755 "$part"
     rm -rf "$folder"
@@ -44,9 +45,12 @@ fetch() {
     touch -c kernels/cuda
 }
 
-fetch cuda126
 case ${1-} in
-thor) fetch cuda130 ;;
-"") ;;
-*) fail "what is \"$1\"? Only \"thor\" may follow" ;;
+"") fetch cuda126 ;;
+thor)
+    fetch cuda126
+    fetch cuda130
+    ;;
+tools) fetch nvcc130 ;;
+*) fail "what is \"$1\"? Only \"thor\" or \"tools\" may follow" ;;
 esac

@@ -4,6 +4,7 @@
 //! [`media`] → [`model`] (over [`weights`]) → [`text`] → [`verify`] → [`watch`] → observations.
 #![deny(unsafe_code)]
 
+pub mod device;
 pub mod manifest;
 pub mod media;
 pub mod message;

@@ -1,14 +1,11 @@
 //! The model family on the CUDA device, on the stand-in driver, against PyTorch: the same goldens, and the same tokens.
 
-#[path = "../../kernels/tests/stand_in/mod.rs"]
-mod stand_in;
-
 use candor::model::{LanguageModel, Model, Piece, Rows, Session};
 use candor_kernels::Device;
 use candor_kernels::cpu::{CpuDevice, PlanDevice};
 
 use super::weights::{Case, uniform, write_folder};
-use super::{check_classifier_on, check_every_variant_on};
+use super::{check_classifier_on, check_every_variant_on, stand_in};
 
 #[test]
 fn small_projector_tied_and_untied_in_every_type() {

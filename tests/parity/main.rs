@@ -3,7 +3,10 @@
 
 mod cuda;
 mod layout;
+mod rollouts;
 mod sessions;
+#[path = "../../kernels/tests/stand_in/mod.rs"]
+mod stand_in;
 mod weights;
 
 use std::path::Path;

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use candor::device::Choice;
 use candor::manifest::{Manifest, ManifestError};
 use candor::message::say;
 use candor::verify::{SentenceClassifier, Verifier};
-use candor_kernels::cpu::CpuDevice;
+use candor::with_device;
+use candor_kernels::Device;
 use clap::Args;
 use serde::Serialize;
 
@@ -31,6 +33,9 @@ pub struct EvalVerifierArgs {
     /// Threads, each with a verifier of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the verifier computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
 }
 
 /// What was measured.
@@ -51,12 +56,7 @@ pub fn run(args: &EvalVerifierArgs) -> anyhow::Result<()> {
     ensure!(args.threads > 0, "--threads must be at least 1");
     let sentences = read_sentences(&args.tsv)?;
     let threshold = threshold(&args.verifier)?;
-    let open = || Ok(Verifier::open(&args.verifier, CpuDevice::new(Some(1)))?);
-    let read = |verifier: &mut Verifier<CpuDevice>, index: usize| -> anyhow::Result<[f32; LABELS]> {
-        let mut read = verifier.classify(&[sentences[index].text.as_str()])?;
-        read.pop().with_context(|| format!("sentence {}: the verifier gave nothing", index + 1))
-    };
-    let probabilities = workers::run(sentences.len(), args.threads, "sentences", open, read)?;
+    let probabilities = with_device!(args.device.open(Some(1))?, device => read_on(&device, args, &sentences))?;
     let metrics = measure(&sentences, &probabilities, threshold)?;
     if args.json {
         say(serde_json::to_string(&metrics)?)?;
@@ -67,6 +67,20 @@ pub fn run(args: &EvalVerifierArgs) -> anyhow::Result<()> {
         say(format_args!("agreement                 {:.4}", metrics.agreement))?;
     }
     Ok(())
+}
+
+/// What the verifier reads in each sentence.
+fn read_on<D: Device>(
+    device: &D,
+    args: &EvalVerifierArgs,
+    sentences: &[Labelled],
+) -> anyhow::Result<Vec<[f32; LABELS]>> {
+    let open = || Ok(Verifier::open(&args.verifier, device.clone())?);
+    let read = |verifier: &mut Verifier<D>, index: usize| -> anyhow::Result<[f32; LABELS]> {
+        let mut read = verifier.classify(&[sentences[index].text.as_str()])?;
+        read.pop().with_context(|| format!("sentence {}: the verifier gave nothing", index + 1))
+    };
+    workers::run(sentences.len(), args.threads, "sentences", open, read)
 }
 
 /// The threshold in the verifier's manifest.

@@ -261,6 +261,15 @@ fn check_driver() -> Result<(), CudaError> {
     Ok(())
 }
 
+/// The first of these libraries of CUDA (as "cublas") that cannot be opened here.
+pub fn missing_library(names: &[&'static str]) -> Option<&'static str> {
+    let is_there = |name: &str| {
+        // SAFETY: loading a library of CUDA runs its initialisers, which is what it is for.
+        cudarc::get_lib_name_candidates(name).iter().any(|file| unsafe { libloading::Library::new(file) }.is_ok())
+    };
+    names.iter().copied().find(|name| !is_there(name))
+}
+
 fn driver_version() -> Result<i32, CudaError> {
     let mut version = 0;
     // SAFETY: the function is there, and writes to the number it is given.

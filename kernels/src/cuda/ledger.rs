@@ -161,6 +161,8 @@ pub struct LedgerDevice {
     board: Board,
     assumptions: Assumptions,
     books: Arc<Mutex<Books>>,
+    /// The position that decoder layers are for, which is told once for all of them.
+    position: Arc<Mutex<Option<usize>>>,
 }
 
 /// A buffer that is not there.
@@ -195,7 +197,7 @@ const F32: f64 = 4.0;
 impl LedgerDevice {
     /// Keeps books of what would run on a board.
     pub fn new(board: Board, assumptions: Assumptions) -> Self {
-        LedgerDevice { board, assumptions, books: Arc::default() }
+        LedgerDevice { board, assumptions, books: Arc::default(), position: Arc::default() }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -527,6 +529,10 @@ impl Device for LedgerDevice {
         let dtype = layer.output.0.dtype();
         if !dtype.is_scaled() || weights.iter().any(|weight| weight.0.dtype() != dtype) || cache.0 != CacheType::I8 {
             return Ok(false);
+        }
+        let before = self.position.lock().unwrap_or_else(PoisonError::into_inner).replace(position);
+        if before != Some(position) {
+            self.launch("set_position", F32, 0.0, 0.0);
         }
         let stored: f64 = weights.iter().map(|weight| weight.bytes()).sum();
         let elements: f64 = weights.iter().map(|weight| weight.0.elements() as f64).sum();

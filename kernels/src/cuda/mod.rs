@@ -46,7 +46,7 @@ mod weight;
 
 pub use cache::CudaCache;
 pub use compile::CompileError;
-pub use driver::{CudaError, Found};
+pub use driver::{CudaError, Found, missing_library};
 pub use replay::CudaReplay;
 pub use weight::CudaWeight;
 

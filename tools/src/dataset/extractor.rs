@@ -10,7 +10,7 @@ use candor::media::resize::{PixelLayout, PreprocessError};
 use candor::media::{FaceCrop, FaceDetector, Fit, Frame, FrameError, MediaError, Preprocess};
 use candor::model::{Model, ModelError, Rows};
 use candor::weights::WeightsError;
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use sha2::{Digest, Sha256};
 
 use super::{ClipFeatures, FacesFiles, Media};
@@ -125,9 +125,9 @@ impl ClipError {
 type Frames = Vec<Arc<Frame>>;
 
 /// A model that looks at clips, one a thread.
-pub struct Extractor {
-    model: Model<CpuDevice>,
-    states: Rows<CpuDevice>,
+pub struct Extractor<D: Device> {
+    model: Model<D>,
+    states: Rows<D>,
     faces: FacesFiles,
     /// How the frames of a clip become pixels.
     clip: Preprocess,
@@ -137,11 +137,11 @@ pub struct Extractor {
     face: Option<(FaceDetector, FaceCrop)>,
 }
 
-impl Extractor {
+impl<D: Device> Extractor<D> {
     /// Opens a model's folder, for one thread. `faces` are those of the data set.
-    pub fn open(folder: &Path, faces: FacesFiles) -> Result<Extractor, ClipError> {
+    pub fn open(folder: &Path, faces: FacesFiles, device: D) -> Result<Self, ClipError> {
         let input = Manifest::open(folder)?.input;
-        let model = Model::open(folder, CpuDevice::new(Some(1)))?;
+        let model = Model::open(folder, device)?;
         let side = model.config().vision.image;
         let clip = Preprocess { side, fit: input.fit, detail: input.detail, grey: input.grey };
         let face = match input.fit {

@@ -13,6 +13,7 @@ use candor::manifest::Manifest;
 use candor::media::Fit;
 use candor::model::ModelConfig;
 use candor::weights::Checkpoint;
+use candor_kernels::Device;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use sha2::{Digest, Sha256};
@@ -103,7 +104,7 @@ impl FeatureCache {
 
     /// Features of a clip, from the folder or else computed and kept. They are rounded to half precision either way, so that
     /// a first run sees what a later one does.
-    pub fn get(&self, extractor: &mut Extractor, media: &Media) -> Result<ClipFeatures, ClipError> {
+    pub fn get<D: Device>(&self, extractor: &mut Extractor<D>, media: &Media) -> Result<ClipFeatures, ClipError> {
         let path = self.file(extractor, media)?;
         match fs::read(&path) {
             Ok(bytes) => match decode(&bytes, self.size, self.frames) {
@@ -139,7 +140,7 @@ impl FeatureCache {
     }
 
     /// The file of a clip.
-    fn file(&self, extractor: &Extractor, media: &Media) -> Result<PathBuf, ClipError> {
+    fn file<D: Device>(&self, extractor: &Extractor<D>, media: &Media) -> Result<PathBuf, ClipError> {
         let mut hash = Sha256::new();
         hash.update(self.model);
         match (media, extractor.photograph_digest(media)?) {
@@ -327,7 +328,7 @@ mod tests {
         let (folder, media) = photographs();
         let cache_folder = folder.path().join("cache");
         let open = || FeatureCache::open(&cache_folder, &default_model()).unwrap();
-        let mut extractor = Extractor::open(&default_model(), FacesFiles::default()).unwrap();
+        let mut extractor = Extractor::open(&default_model(), FacesFiles::default(), CpuDevice::new(Some(1))).unwrap();
         let first = open();
         let features = first.get(&mut extractor, &media[0]).unwrap();
         assert_eq!((features.pictures(), features.size()), (1, extractor.size()));
@@ -359,7 +360,7 @@ mod tests {
     #[test]
     fn the_runtime_sees_the_same() {
         let (folder, media) = photographs();
-        let mut extractor = Extractor::open(&default_model(), FacesFiles::default()).unwrap();
+        let mut extractor = Extractor::open(&default_model(), FacesFiles::default(), CpuDevice::new(Some(1))).unwrap();
         let features = extractor.extract(&media[2]).unwrap();
         // As candor-tools eval shows a photograph: a window of the same picture over and over.
         let input = Manifest::open(&default_model()).unwrap().input;
@@ -403,7 +404,7 @@ mod tests {
             fs::copy(demo.join("astronaut.png"), pictures.join(name)).unwrap();
         }
         let cache = FeatureCache::open(&folder.path().join("cache"), &default_model()).unwrap();
-        let mut extractor = Extractor::open(&default_model(), FacesFiles::default()).unwrap();
+        let mut extractor = Extractor::open(&default_model(), FacesFiles::default(), CpuDevice::new(Some(1))).unwrap();
         let features = cache.get(&mut extractor, &Media::Clip(pictures.clone())).unwrap();
         assert_eq!(features.frames, [0, 1, 2, 2], "a black picture stands for the missing frames");
         let size = features.size();
@@ -442,7 +443,7 @@ mod tests {
         for name in ["config.json", "candor.toml", "model.safetensors"] {
             fs::copy(default_model().join(name), model.join(name)).unwrap();
         }
-        let extractor = Extractor::open(&default_model(), FacesFiles::default()).unwrap();
+        let extractor = Extractor::open(&default_model(), FacesFiles::default(), CpuDevice::new(Some(1))).unwrap();
         let name = || {
             let cache = FeatureCache::open(&folder.path().join("cache"), &model).unwrap();
             cache.file(&extractor, &media[0]).unwrap()

@@ -4,7 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
+use candor::device::Choice;
 use candor::message::say;
+use candor::with_device;
+use candor_kernels::Device;
 use clap::Args;
 
 use super::{Dataset, DatasetError, Extractor, FeatureCache, Problem, ProblemKind, Problems};
@@ -28,6 +31,9 @@ pub struct FeaturesArgs {
     /// Threads, each with a model of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the model computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
     /// Leave out entries that cannot be used, and say which; otherwise they are an error.
     #[arg(long)]
     pub skip_bad: bool,
@@ -38,7 +44,9 @@ pub fn run(args: &FeaturesArgs) -> anyhow::Result<()> {
     ensure!(args.threads > 0, "--threads must be at least 1");
     let mut dataset = Dataset::open(&args.data, args.media_root.as_deref(), args.skip_bad)?;
     let cache = FeatureCache::open(&args.cache, &args.model)?;
-    prepare(&mut dataset, &args.data, &cache, &args.model, args.threads, args.skip_bad)?;
+    with_device!(args.device.open(Some(1))?, device => {
+        prepare(&mut dataset, &args.data, &cache, &args.model, args.threads, args.skip_bad, &device)?
+    });
     let read = dataset.items.len().saturating_sub(cache.computed());
     say(format_args!(
         "{} clips: {} computed, {read} read from {}",
@@ -58,17 +66,18 @@ pub fn run(args: &FeaturesArgs) -> anyhow::Result<()> {
 
 /// Takes the features of all items of a data set with `threads` models, so that later calls of [`FeatureCache::get`] read
 /// them. Broken clips are an error that lists them all; with `skip_bad` they leave the data set, which the log says.
-pub fn prepare(
+pub fn prepare<D: Device>(
     dataset: &mut Dataset,
     path: &Path,
     cache: &FeatureCache,
     model: &Path,
     threads: usize,
     skip_bad: bool,
+    device: &D,
 ) -> anyhow::Result<()> {
     let items = &dataset.items;
-    let open = || Ok(Extractor::open(model, dataset.faces.clone())?);
-    let look = |extractor: &mut Extractor, place: usize| match cache.get(extractor, &items[place].media) {
+    let open = || Ok(Extractor::open(model, dataset.faces.clone(), device.clone())?);
+    let look = |extractor: &mut Extractor<D>, place: usize| match cache.get(extractor, &items[place].media) {
         Ok(_) => Ok(None),
         Err(error) if error.is_of_the_clip() => Ok(Some(error.to_string())),
         Err(error) => Err(error.into()),

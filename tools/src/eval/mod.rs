@@ -23,11 +23,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, ensure};
+use candor::device::Choice;
 use candor::manifest::Manifest;
 use candor::message::say;
 use candor::text::HeadRows;
 use candor::verify::Emotion;
 use candor::watch::Policy;
+use candor::with_device;
+use candor_kernels::Device;
 use clap::Args;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -111,6 +114,10 @@ pub struct EvalArgs {
     /// Threads, each with a model of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the model computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N. A GPU holds each
+    /// thread's model.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
     /// Compute with activations in f32 where weights are quantised, in place of rounding them to bytes as in use.
     #[arg(long)]
     pub exact: bool,
@@ -291,12 +298,18 @@ fn warn_of_unknown_labels(model: &Path, items: &[Item]) -> anyhow::Result<()> {
 
 /// A record for each item, in their order.
 fn evaluate(args: &EvalArgs, data: &Dataset) -> anyhow::Result<Vec<Record>> {
+    let chosen = args.device.open(Some(1))?;
+    let chosen = if args.exact { chosen.exact() } else { chosen };
+    with_device!(chosen, device => evaluate_on(&device, args, data))
+}
+
+fn evaluate_on<D: Device>(device: &D, args: &EvalArgs, data: &Dataset) -> anyhow::Result<Vec<Record>> {
     let cache =
         args.features.as_deref().map(|folder| FeatureCache::open(folder, args.model()?).map_err(anyhow::Error::from));
     let cache = cache.transpose()?;
     // Behind a broken clip that ends it all, the others are only looked at, so that the message can name every one.
     let lost = AtomicBool::new(false);
-    let work = |reader: &mut Reader<'_>, place: usize| {
+    let work = |reader: &mut Reader<'_, D>, place: usize| {
         let item = &data.items[place];
         let outcome = reader
             .read(item, place, !lost.load(Ordering::Relaxed))
@@ -307,7 +320,7 @@ fn evaluate(args: &EvalArgs, data: &Dataset) -> anyhow::Result<Vec<Record>> {
         Ok(outcome)
     };
     let unchanged = Unchanged::default();
-    let open = || Reader::open(args, data, cache.as_ref(), &unchanged);
+    let open = || Reader::open(args, data, cache.as_ref(), &unchanged, device);
     let outcomes = workers::run(data.items.len(), args.threads, "entries", open, work)?;
     unchanged.print(args.head_rows);
     let path = args.data.as_ref().or(args.faces.as_ref()).cloned().unwrap_or_default();

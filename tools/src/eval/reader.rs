@@ -8,7 +8,7 @@ use candor::observation::{Observation, Probabilities};
 use candor::text::{HeadRows, Sampling};
 use candor::verify::Emotion;
 use candor::watch::{WatchSettings, Watcher};
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 
 use super::EvalArgs;
 use super::record::{Judged, Record, TokenCounts};
@@ -53,34 +53,34 @@ pub(super) enum Outcome {
 }
 
 /// One thread's models.
-pub(super) struct Reader<'a> {
-    watcher: Watcher<CpuDevice>,
+pub(super) struct Reader<'a, D: Device> {
+    watcher: Watcher<D>,
     /// The same with all rows of the output head, where the other has fewer.
-    all_rows: Option<Watcher<CpuDevice>>,
+    all_rows: Option<Watcher<D>>,
     unchanged: &'a Unchanged,
     own_instruction: String,
-    extractor: Extractor,
+    extractor: Extractor<D>,
     cache: Option<&'a FeatureCache>,
     lexicon: Lexicon,
     emotions: Vec<Emotion>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a, D: Device> Reader<'a, D> {
     pub(super) fn open(
         args: &EvalArgs,
         data: &Dataset,
         cache: Option<&'a FeatureCache>,
         unchanged: &'a Unchanged,
-    ) -> anyhow::Result<Reader<'a>> {
+        device: &D,
+    ) -> anyhow::Result<Reader<'a, D>> {
         let model = args.model()?;
         let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
         // The extractor finds faces; the watcher takes what the tower made of them.
         let watcher = |head_rows| {
             let fit = Some(Fit::Stretch);
             let settings = WatchSettings { policy: args.policy, sampling, fit, head_rows, ..WatchSettings::default() };
-            let device = CpuDevice::new(Some(1));
-            let device = if args.exact { device.exact() } else { device };
-            let mut watcher = Watcher::open(model, args.verifier.as_deref(), device, settings)?.remembering(REMEMBERED);
+            let opened = Watcher::open(model, args.verifier.as_deref(), device.clone(), settings)?;
+            let mut watcher = opened.remembering(REMEMBERED);
             if let Some(adapter) = &args.adapter {
                 watcher.adapt(adapter)?;
             }
@@ -94,7 +94,7 @@ impl<'a> Reader<'a> {
             watcher,
             all_rows,
             unchanged,
-            extractor: Extractor::open(model, data.faces.clone())?,
+            extractor: Extractor::open(model, data.faces.clone(), device.clone())?,
             cache,
             lexicon: Lexicon::new(),
         })
@@ -117,7 +117,7 @@ impl<'a> Reader<'a> {
             return Ok(Outcome::Read(Box::new(unanswered(item))));
         }
         let instruction = item.prompt.as_ref().unwrap_or(&self.own_instruction);
-        let look = |watcher: &mut Watcher<CpuDevice>| {
+        let look = |watcher: &mut Watcher<D>| {
             watcher.ask(instruction)?;
             watcher.observe_features(&item.id, place as u64, &features.every_frame())
         };

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use candor::device::Choice;
 use candor::manifest::Manifest;
 use candor::text::HeadRows;
 use candor::watch::Policy;
@@ -48,17 +49,16 @@ pub(super) trait Pair: Sync {
     fn second(&self) -> anyhow::Result<Reader<Self::Device>>;
 }
 
-/// A folder as it runs in use, or exactly.
-pub(super) struct Folder<'a> {
+/// A folder on a device.
+pub(super) struct Folder<'a, D: Device> {
     pub(super) folder: &'a Path,
-    pub(super) exact: bool,
+    pub(super) device: D,
 }
 
-impl Pair for Folder<'_> {
-    type Device = CpuDevice;
-    fn second(&self) -> anyhow::Result<Reader<CpuDevice>> {
-        let device = CpuDevice::new(Some(1));
-        Reader::open(self.folder, if self.exact { device.exact() } else { device })
+impl<D: Device> Pair for Folder<'_, D> {
+    type Device = D;
+    fn second(&self) -> anyhow::Result<Reader<D>> {
+        Reader::open(self.folder, self.device.clone())
     }
 }
 
@@ -78,16 +78,17 @@ impl Pair for Exchanged<'_> {
     }
 }
 
-/// Compares the logits of a model, computed exactly, with those of another one.
-pub(super) fn logits<P: Pair>(
+/// Compares the logits of a model on a device that computes exactly with those of another one.
+pub(super) fn logits<D: Device, P: Pair>(
     first: &Path,
     second: &P,
     samples: &[Sample],
     threads: usize,
     what: &str,
+    exact: &D,
 ) -> anyhow::Result<Logits> {
-    let open = || Ok((Reader::open(first, CpuDevice::new(Some(1)).exact())?, second.second()?));
-    let work = |(first, second): &mut (Reader<CpuDevice>, Reader<P::Device>), place: usize| {
+    let open = || Ok((Reader::open(first, exact.clone())?, second.second()?));
+    let work = |(first, second): &mut (Reader<D>, Reader<P::Device>), place: usize| {
         let sample = &samples[place];
         let mut expected: Vec<Vec<f32>> = Vec::with_capacity(sample.completion.len());
         first.logits(sample, |logits, _| expected.push(logits.to_vec()))?;
@@ -148,6 +149,7 @@ pub(super) fn flips(
     data: &Data,
     limit: Option<usize>,
     threads: usize,
+    device: Choice,
 ) -> anyhow::Result<Flips> {
     let manifest = Manifest::open(first)?;
     let records = |model: &Path, exact: bool| {
@@ -176,6 +178,7 @@ pub(super) fn flips(
             html: None,
             pictures: 0,
             threads,
+            device,
             exact,
             compare: None,
         })

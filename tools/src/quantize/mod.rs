@@ -25,13 +25,17 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
+use candor::device::Choice;
 use candor::message::say;
+use candor::with_device;
+use candor_kernels::Device;
+use candor_kernels::cpu::CpuDevice;
 
 use crate::folder;
 use calibrate::{Calibrated, Calibration};
 use format::{Bits, Group, Scheme};
 use keep::{Keep, Rules};
-use measure::{Exchanged, Folder};
+use measure::{Exchanged, Folder, Logits};
 use plan::{Entry, Kind, Source};
 use report::{Layer, Report};
 use samples::{Data, Sample};
@@ -109,6 +113,10 @@ pub struct QuantizeArgs {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Where --evaluate computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N. Rounding and
+    /// --per-layer stay on the processor.
+    #[arg(long, default_value_t = Choice::Auto)]
+    device: Choice,
 }
 
 impl QuantizeArgs {
@@ -161,7 +169,8 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     let mut calibrated = match &args.calibrate {
         Some(file) => {
             let data = Data::parse(file, "train");
-            let samples = samples::read(&args.model, &data, args.samples, args.threads)?;
+            let exact = CpuDevice::new(Some(1)).exact();
+            let samples = samples::read(&args.model, &data, args.samples, args.threads, &exact)?;
             let gptq = method == Method::Gptq;
             let calibration = Calibration { samples: &samples, gptq, rounds: args.rounds, threads: args.threads };
             calibrate::calibrate(&source, &plan, &calibration)?
@@ -183,16 +192,16 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     if let Some(file) = &args.evaluate {
         let data = Data::parse(file, "val");
         let count = args.limit.map_or(args.logits, |limit| limit.min(args.logits));
-        let samples = samples::read(&args.model, &data, count, args.threads)?;
-        if args.per_layer {
-            compare_layers(args, &source, &plan, &samples, &mut report)?;
-        }
-        let logits = |exact| {
-            let second = Folder { folder: &args.output, exact };
-            measure::logits(&args.model, &second, &samples, args.threads, "prompts")
-        };
-        (report.logits_exact, report.logits) = (Some(logits(true)?), Some(logits(false)?));
-        report.flips = Some(measure::flips(&args.model, &args.output, &data, args.limit, args.threads)?);
+        let in_use = args.device.open(Some(1))?;
+        with_device!(in_use.clone().exact(), exact => {
+            let samples = samples::read(&args.model, &data, count, args.threads, &exact)?;
+            if args.per_layer {
+                compare_layers(args, &source, &plan, &samples, &mut report)?;
+            }
+            report.logits_exact = Some(logits(args, &samples, &exact, &exact)?);
+            report.logits = Some(with_device!(in_use, device => logits(args, &samples, &exact, &device)?));
+        });
+        report.flips = Some(measure::flips(&args.model, &args.output, &data, args.limit, args.threads, args.device)?);
     }
     report.print(&candor::manifest::Manifest::open(&args.model)?)?;
     if let Some(path) = &args.report {
@@ -200,6 +209,17 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The logits of what was written on a device beside those of the model, computed exactly.
+fn logits<E: Device, D: Device>(
+    args: &QuantizeArgs,
+    samples: &[Sample],
+    exact: &E,
+    device: &D,
+) -> anyhow::Result<Logits> {
+    let second = Folder { folder: &args.output, device: device.clone() };
+    measure::logits(&args.model, &second, samples, args.threads, "prompts", exact)
 }
 
 /// What each matrix alone does to the logits.
@@ -210,11 +230,12 @@ fn compare_layers(
     samples: &[Sample],
     report: &mut Report,
 ) -> anyhow::Result<()> {
+    let exact = CpuDevice::new(Some(1)).exact();
     let written = candor::weights::Checkpoint::open(&args.output)?;
     for entry in plan.iter().filter(|entry| entry.scheme().is_some()) {
         let (tensor, replacement) = (source.checkpoint.tensor(&entry.name)?, written.tensor(&entry.name)?);
         let second = Exchanged { folder: &args.model, tensor, replacement };
-        let logits = measure::logits(&args.model, &second, samples, args.threads, entry.module())?;
+        let logits = measure::logits(&args.model, &second, samples, args.threads, entry.module(), &exact)?;
         if let Some(layer) = report.layers.iter_mut().find(|layer| layer.name == entry.module()) {
             layer.kl = Some(logits.kl);
         }

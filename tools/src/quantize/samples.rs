@@ -9,7 +9,6 @@ use candor::manifest::Manifest;
 use candor::model::{LanguageModel, Model, Piece, Rows, Session};
 use candor::text::{ChatTemplate, Generator, Grammar, PromptPiece, Sampler, Sampling, Tokenizer};
 use candor_kernels::Device;
-use candor_kernels::cpu::CpuDevice;
 
 use crate::dataset::{ClipFeatures, Dataset, Extractor, Item};
 use crate::{eval, workers};
@@ -52,19 +51,26 @@ impl Data {
     }
 }
 
-/// Samples of so many entries, spread over the data. Where the data has no rationale, the model writes it.
-pub(super) fn read(model: &Path, data: &Data, limit: usize, threads: usize) -> anyhow::Result<Vec<Sample>> {
+/// Samples of so many entries, spread over the data. Where the data has no rationale, the model writes it,
+/// on a device that computes exactly.
+pub(super) fn read<D: Device>(
+    model: &Path,
+    data: &Data,
+    limit: usize,
+    threads: usize,
+    exact: &D,
+) -> anyhow::Result<Vec<Sample>> {
     let mut dataset = data.dataset()?;
     dataset.items = eval::spread(std::mem::take(&mut dataset.items), limit);
     let manifest = Manifest::open(model)?;
     let open = || {
-        let reader = Reader::open(model, CpuDevice::new(Some(1)).exact())?;
+        let reader = Reader::open(model, exact.clone())?;
         let (labels, most) = (&manifest.model.labels, manifest.model.max_new_tokens);
         let table = Arc::new(reader.tokenizer.token_table(reader.model.config().decoder.vocabulary)?);
         let grammar = Grammar::new(table, labels, most)?;
-        Ok((reader, grammar, Extractor::open(model, dataset.faces.clone())?))
+        Ok((reader, grammar, Extractor::open(model, dataset.faces.clone(), exact.clone())?))
     };
-    let work = |(reader, grammar, extractor): &mut (Reader<CpuDevice>, Grammar, Extractor), place: usize| {
+    let work = |(reader, grammar, extractor): &mut (Reader<D>, Grammar, Extractor<D>), place: usize| {
         let item = &dataset.items[place];
         sample(reader, grammar, extractor, item, &manifest)
             .with_context(|| format!("entry {} ({})", item.line, item.id))
@@ -76,10 +82,10 @@ pub(super) fn read(model: &Path, data: &Data, limit: usize, threads: usize) -> a
 }
 
 /// The sample of an item; none where no face is seen.
-fn sample(
-    reader: &mut Reader<CpuDevice>,
+fn sample<D: Device>(
+    reader: &mut Reader<D>,
     grammar: &Grammar,
-    extractor: &mut Extractor,
+    extractor: &mut Extractor<D>,
     item: &Item,
     manifest: &Manifest,
 ) -> anyhow::Result<Option<Sample>> {

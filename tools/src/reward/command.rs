@@ -4,9 +4,11 @@ use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
+use candor::device::Choice;
 use candor::message::say;
 use candor::verify::{Emotion, Verifier};
-use candor_kernels::cpu::CpuDevice;
+use candor::with_device;
+use candor_kernels::Device;
 use clap::Args;
 use serde_json::Value;
 
@@ -34,6 +36,9 @@ pub struct RewardArgs {
     /// Threads, each with a verifier of its own over the same mapped weights.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the verifier computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
 }
 
 /// A completion and the true emotion.
@@ -50,13 +55,7 @@ pub fn run(args: &RewardArgs) -> anyhow::Result<()> {
     let weights = args.settings.weights();
     let file = std::fs::File::open(&args.input).with_context(|| format!("cannot read {}", args.input.display()))?;
     let lines = read(std::io::BufReader::new(file), &args.input)?;
-    let open = || Ok(Scorer::new(open_verifier(&args.verifier)?, args.settings.guard));
-    let score = |scorer: &mut Scorer<Verifier<CpuDevice>>, index: usize| {
-        let line = &lines[index];
-        let scored = scorer.score(&line.completion, line.emotion, None);
-        scored.with_context(|| format!("{}:{}", args.input.display(), index + 1))
-    };
-    let rewards = workers::run(lines.len(), args.threads, "completions", open, score)?;
+    let rewards = with_device!(args.device.open(Some(1))?, device => pay_on(&device, args, &lines))?;
     if args.json {
         for rewards in rewards {
             if !say(serde_json::to_string(&Paid::new(rewards, &weights))?)? {
@@ -86,6 +85,16 @@ pub fn run(args: &RewardArgs) -> anyhow::Result<()> {
     }
     say(format_args!("{:32} {:>8}", "completions", rewards.len()))?;
     Ok(())
+}
+
+fn pay_on<D: Device>(device: &D, args: &RewardArgs, lines: &[Line]) -> anyhow::Result<Vec<Rewards>> {
+    let open = || Ok(Scorer::new(open_verifier(&args.verifier, device.clone())?, args.settings.guard));
+    let score = |scorer: &mut Scorer<Verifier<D>>, index: usize| {
+        let line = &lines[index];
+        let scored = scorer.score(&line.completion, line.emotion, None);
+        scored.with_context(|| format!("{}:{}", args.input.display(), index + 1))
+    };
+    workers::run(lines.len(), args.threads, "completions", open, score)
 }
 
 /// Reads the file. The first line that cannot be used is the error.

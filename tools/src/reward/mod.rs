@@ -13,7 +13,7 @@ use candor::verify::reward::{accuracy_reward, explanation_reward_of_labels, form
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
 use candor::verify::{Emotion, GoEmotion, SentenceClassifier, Verifier, VerifierError, split_sentences};
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use serde::Serialize;
 use std::path::Path;
 
@@ -83,8 +83,8 @@ impl Paid {
 const REMEMBERED: usize = 1 << 17;
 
 /// Opens a verifier for one thread that pays completions.
-pub fn open_verifier(folder: &Path) -> Result<Verifier<CpuDevice>, VerifierError> {
-    Ok(Verifier::open(folder, CpuDevice::new(Some(1)))?.remembering(REMEMBERED))
+pub fn open_verifier<D: Device>(folder: &Path, device: D) -> Result<Verifier<D>, VerifierError> {
+    Ok(Verifier::open(folder, device)?.remembering(REMEMBERED))
 }
 
 /// The sentences of a completion that the verifier is asked about.

@@ -18,7 +18,10 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use candor::verify::SentenceClassifier;
+use candor::device::Choice;
+use candor::verify::{SentenceClassifier, Verifier};
+use candor::with_device;
+use candor_kernels::cpu::CpuDevice;
 use clap::Args;
 use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
@@ -56,6 +59,9 @@ pub struct RewardServerArgs {
     /// Threads, each with a verifier of its own over the same mapped weights; one a core by default.
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Where the verifier computes: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
     /// Most requests inside at a time; further ones are refused with 503.
     #[arg(long, default_value_t = 1024)]
     pub queue: usize,
@@ -108,8 +114,11 @@ pub fn run(args: &RewardServerArgs) -> anyhow::Result<()> {
     args.settings.check()?;
     let weights = args.settings.weights();
     let folder = args.verifier.clone();
-    let verifier = open_verifier(&folder)?.identity()?;
-    let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> { Ok(Box::new(open_verifier(&folder)?)) };
+    let chosen = args.device.open(Some(1))?;
+    let verifier = Verifier::open(&folder, CpuDevice::new(Some(1)))?.identity()?;
+    let open = move || -> anyhow::Result<Box<dyn SentenceClassifier>> {
+        with_device!(chosen.clone(), device => Ok(Box::new(open_verifier(&folder, device)?)))
+    };
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or_else(cores);
     let about = json!({

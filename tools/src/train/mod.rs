@@ -1,4 +1,4 @@
-//! Training on the CPU, one file a part of the model: each is one `candor-tools train …` subcommand.
+//! Training, one file a part of the model: each is one `candor-tools train …` subcommand.
 
 pub mod checkpoint;
 pub mod curves;
@@ -17,6 +17,7 @@ pub mod ops;
 pub mod optimiser;
 pub mod parameters;
 pub mod policy;
+pub mod products;
 pub mod projector;
 pub mod schedule;
 pub mod sft;

@@ -1,4 +1,5 @@
-//! The arithmetic of training on plain slices: every operation forward and backward, each on one thread. The
+//! The arithmetic of training on plain slices: every operation forward and backward, each on one thread, or on a GPU where
+//! it is a large product. The
 //! trainers split a batch over threads and call these from each, so that no barrier stands inside a step.
 //!
 //! Buffers are f32, row-major and contiguous unless a stride is named. Backward functions *add* to gradients of
@@ -133,9 +134,12 @@ pub fn set_exact(exact: bool) {
 }
 
 /// `c = a · b` (or `c += a · b`), contiguous: a `[rows, depth]`, b `[depth, columns]`, c `[rows, columns]`; on the
-/// calling thread.
+/// calling thread, or on the GPU that was chosen ([`products`](super::products)).
 pub fn multiply(c: &mut [f32], rows: usize, columns: usize, depth: usize, a: Matrix, b: Matrix, accumulate: bool) {
     static ALONE: LazyLock<ThreadPool> = LazyLock::new(|| ThreadPool::new(Some(1)));
+    if super::products::multiply(c, rows, columns, depth, a, b, accumulate) {
+        return;
+    }
     let precision = if EXACT.load(Ordering::Relaxed) { Precision::F32 } else { Precision::Bf16 };
     let product = a.strided(rows, depth).and_then(|a| {
         let b = b.strided(depth, columns)?;

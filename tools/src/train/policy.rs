@@ -6,6 +6,7 @@ use super::decoder::{Decoder, DecoderBuffers, DecoderSize, Gradients, Target, We
 use super::layers::{Tree, accumulate, fit};
 use super::lora::LoraSettings;
 use super::parameters::Plan;
+use super::products::{self, Kept};
 use anyhow::{Context, ensure};
 use candor::model::config::DecoderConfig;
 use candor::model::{Adapter, ModelConfig};
@@ -54,6 +55,8 @@ pub struct Policy {
     pub decoder: Decoder,
     /// Which of its tensors lies where.
     base_plan: Plan,
+    /// Lets a GPU hold the decoder's values, where only factors are trained. Ends before they do.
+    _kept: Option<Kept>,
     base: Vec<f32>,
     /// The factors' values; empty where all weights are trained.
     factors: Vec<f32>,
@@ -97,7 +100,8 @@ impl Policy {
             factors = decoder.lora().map(|lora| lora.initial(seed)).unwrap_or_default();
         }
         let before = (keep_reference && decoder.lora().is_none()).then(|| base.clone());
-        Ok(Policy { decoder, base_plan, base, factors, before })
+        let kept = decoder.lora().is_some().then(|| products::keep(&base));
+        Ok(Policy { decoder, base_plan, _kept: kept, base, factors, before })
     }
 
     /// The trained tensors.

@@ -10,6 +10,7 @@ use super::faces::{CUES, Faces};
 use super::features::{Features, FrozenTower, Standard};
 use super::gate_text::InstructionEncoder;
 use super::optimiser::AdamW;
+use super::products::TrainDevice;
 use super::schedule::{Decay, Schedule};
 use super::student::{LossWeights, Losses, Prompt, Share, Student, StudentBuffers, StudentSize, Tokens};
 use super::tower::{Order, stop_on_interrupt};
@@ -134,6 +135,9 @@ pub struct SftArgs {
     /// Threads, each with its share of every batch. The result depends on it in the last digits.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the large products are computed.
+    #[command(flatten)]
+    pub device: TrainDevice,
     /// Photographs of the validation part that are measured during training.
     #[arg(long, default_value_t = 512)]
     pub validate: usize,
@@ -320,6 +324,7 @@ fn add_noise(features: &mut [f32], share: f32, rng: &mut impl Rng) {
 /// Runs `candor-tools train sft`.
 pub fn run(args: &SftArgs) -> anyhow::Result<()> {
     args.check()?;
+    let products = args.device.choose(false)?;
     let tower = FrozenTower::open(&args.tower, args.tower_layers)?;
     let (rationales, prompt) = Rationales::open(args)?;
     let train = Faces::open(&args.faces, &rationales.description.part)?;
@@ -360,7 +365,7 @@ pub fn run(args: &SftArgs) -> anyhow::Result<()> {
 
     let recipe = format!(
         "sft {:?} {:?} views {} photographs {stills} passes {} batch {} rate {} decay {} weights {} {} {} {} noise {} \
-         seed {} threads {} data {}",
+         seed {} threads {} data {}{products}",
         args.part,
         size,
         args.views,

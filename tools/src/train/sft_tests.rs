@@ -6,12 +6,14 @@ use super::checkpoint::write_tensors;
 use super::features::{FrozenTower, Standard, TowerWorker};
 use super::gate_text::InstructionEncoder;
 use super::gradient_check::random;
+use super::products::TrainDevice;
 use super::sft::{Part, SftArgs, run};
 use super::student::{Prompt, Share, Student, StudentBuffers, StudentSize};
 use crate::data::cold_start::{self, FacesArgs, INSTRUCTION};
 use crate::data::rationale::Cue;
 use crate::quantize::stored::Stored;
 use candle_core::{Device, Tensor};
+use candor::device::Choice;
 use candor::manifest::Manifest;
 use candor::model::{LanguageModel, Model, Piece};
 use candor::text::{Generator, Grammar, PromptPiece, Sampler, Sampling};
@@ -134,6 +136,7 @@ fn prepare(folder: &Path) -> SftArgs {
         noise: 0.1,
         seed: 9,
         threads: 2,
+        device: TrainDevice { train_device: Choice::Cpu },
         validate: 8,
         stop_after: None,
         name: "test".into(),

@@ -9,6 +9,7 @@ use super::faces::{CLASSES, CUES, Enlarger, Faces, Jitter};
 use super::ops::{self, Matrix};
 use super::optimiser::AdamW;
 use super::parameters::{Plan, Treatment, two};
+use super::products::TrainDevice;
 use super::schedule::{Decay, Schedule};
 use anyhow::{Context, bail, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -105,6 +106,8 @@ pub struct TowerArgs {
     /// Threads, each with its share of every batch. The result depends on it in the last digits.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    #[command(flatten)]
+    device: TrainDevice,
     /// Photographs of the validation part that are measured during training; all of them at the end.
     #[arg(long, default_value_t = 768)]
     validate: usize,
@@ -605,9 +608,10 @@ pub fn run(args: &TowerArgs) -> anyhow::Result<()> {
     let steps_of = |stage: &Stage| (stage.passes * train.len() as f64 / BATCH as f64).round() as u64;
     let total: u64 = args.stages.iter().map(steps_of).sum();
     ensure!(total > 0, "the stages are empty");
+    let products = args.device.choose(false)?;
     // The stages are left out: a run may go on with other ones, to end sooner or later.
     let recipe = format!(
-        "tower layers {} rate {} layer decay {} weight decay {} smoothing {} cues {} seed {} threads {} faces {}",
+        "tower layers {} rate {} layer decay {} weight decay {} smoothing {} cues {} seed {} threads {} faces {}{products}",
         args.layers,
         args.rate,
         args.layer_decay,

@@ -9,6 +9,7 @@ use super::export;
 use super::ops;
 use super::optimiser::AdamW;
 use super::parameters::{Plan, Treatment, read_tensors};
+use super::products::TrainDevice;
 use super::schedule::{Decay, Schedule};
 use super::tower::stop_on_interrupt;
 use crate::quantize::stored::{self, Stored};
@@ -91,6 +92,8 @@ pub struct VerifierArgs {
     /// Threads, each with its share of every batch. The result depends on it in the last digits.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    #[command(flatten)]
+    device: TrainDevice,
     /// Stop after this many steps, as if cut off (for tests and timings).
     #[arg(long)]
     stop_after: Option<u64>,
@@ -508,8 +511,9 @@ pub fn run(args: &VerifierArgs) -> anyhow::Result<()> {
     ensure!(a_pass > 0, "fewer sentences than one batch of {BATCH}");
     let total = a_pass * args.passes;
     std::fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
+    let products = args.device.choose(false)?;
     let recipe = format!(
-        "verifier passes {} rate {} words {} decay {} pieces {} hold {} seed {} threads {} sentences {}",
+        "verifier passes {} rate {} words {} decay {} pieces {} hold {} seed {} threads {} sentences {}{products}",
         args.passes,
         args.rate,
         args.words_rate,

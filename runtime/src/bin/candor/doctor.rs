@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use candor::device::Choice;
 use candor::manifest::{Manifest, ManifestError};
 #[cfg(feature = "media")]
 use candor::media::Installed;
@@ -14,7 +15,6 @@ use candor_kernels::cpu::{CpuDevice, KernelReport, measure_read_bandwidth};
 use candor_kernels::cuda::{CudaDevice, CudaError, images};
 use serde::Serialize;
 
-use crate::device::Choice;
 use crate::{folders, machine, plan};
 
 /// Larger than the caches of the processors this runs on.

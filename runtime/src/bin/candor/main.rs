@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod bench;
-mod device;
 mod doctor;
 mod folders;
 mod machine;

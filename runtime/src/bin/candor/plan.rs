@@ -10,8 +10,8 @@ use candor::message::say;
 use candor::watch::{Pictures, Plan};
 use serde::Serialize;
 
-use crate::device::{Choice, Chosen, gpu_memory};
 use crate::{folders, machine};
+use candor::device::{Choice, Chosen, gpu_memory};
 
 /// Say what watching with a model takes of memory, by part, without loading it.
 #[derive(clap::Args)]

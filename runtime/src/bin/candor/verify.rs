@@ -4,16 +4,17 @@ use std::io::{IsTerminal, Read, stdin, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
+use candor::device::Choice;
 use candor::message::say;
 use candor::verify::reward::explanation_reward_of_labels;
 use candor::verify::sentences::rationale_of;
 use candor::verify::verdict::read_sentences;
 use candor::verify::{Assessment, Emotion, GoEmotion, Verifier};
+use candor::with_device;
 use candor_kernels::Device;
 use clap::Args;
 use serde_json::json;
 
-use crate::device::{Choice, with_device};
 use crate::folders;
 use crate::terminal;
 

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use candor::device::{Choice, Chosen, gpu_memory};
 use candor::media::{Source, SourceOptions, Windows};
 use candor::message::say;
 use candor::observation::Observation;
 use candor::text::{HeadRows, Sampling};
 use candor::watch::{Pictures, Plan, Policy, Report, Reuse, WatchSettings, Watcher};
+use candor::with_device;
 use candor_kernels::Device;
 use clap::Args;
 
-use crate::device::{Choice, Chosen, gpu_memory, with_device};
 use crate::{folders, machine, plan, terminal};
 
 /// Exit status of a program that an interrupt ended.

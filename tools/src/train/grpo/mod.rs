@@ -26,6 +26,8 @@ use crate::reward::conduct::Conduct;
 use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
 use candor::model::adapter::WEIGHTS_FILE;
+use candor::with_device;
+use candor_kernels::Device;
 use objective::{Objective, advantages, is_flat};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -41,19 +43,33 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     ops::set_exact(tuning.f32);
     let manifest = Manifest::open(&input.model)?;
     let max_new_tokens = args.max_new_tokens(&manifest);
-    let objective = args.objective(max_new_tokens);
     let verifier = args.verifier.clone().or(manifest.verifier_folder());
-    let mut data = Dataset::open(&input.data, input.media_root.as_deref(), input.skip_bad)?;
+    let data = Dataset::open(&input.data, input.media_root.as_deref(), input.skip_bad)?;
     if args.plan {
         return memory::print(&memory::of_rewards(args, &data.items, max_new_tokens, verifier.as_deref())?);
     }
     let verifier = verifier.context("the model names no verifier; give one with --verifier")?;
     let _lock = RunLock::take(&input.out)?;
+    let (chosen, devices) = tuning.open_devices()?;
+    with_device!(chosen, device => run_on(&device, &devices, args, data, &manifest, &verifier))
+}
+
+fn run_on<D: Device>(
+    device: &D,
+    devices: &str,
+    args: &GrpoArgs,
+    mut data: Dataset,
+    manifest: &Manifest,
+    verifier: &Path,
+) -> anyhow::Result<()> {
+    let (input, tuning) = (&args.input, &args.tuning);
+    let max_new_tokens = args.max_new_tokens(manifest);
     // Before the clips are looked at, which takes long.
-    let workers: Vec<Worker> =
-        (0..tuning.threads).map(|_| Worker::open(args, &manifest, &verifier)).collect::<anyhow::Result<_>>()?;
+    let workers: Vec<Worker<D>> = (0..tuning.threads)
+        .map(|_| Worker::open(args, manifest, verifier, device.clone()))
+        .collect::<anyhow::Result<_>>()?;
     let cache = FeatureCache::open(&input.features(), &input.model)?;
-    prepare(&mut data, &input.data, &cache, &input.model, tuning.threads, input.skip_bad)?;
+    prepare(&mut data, &input.data, &cache, &input.model, tuning.threads, input.skip_bad, device)?;
 
     let mut policy = Policy::open(&input.model, tuning.lora()?, args.beta > 0.0, tuning.seed)?;
     policy.decoder.set_temperature(args.temperature);
@@ -63,12 +79,12 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
         "command": "train grpo",
         "model": input.model,
         "verifier": verifier,
-        "verifier_sha256": Manifest::open(&verifier)?.identity()?,
+        "verifier_sha256": Manifest::open(verifier)?.identity()?,
         "data": input.data,
         "entries": data.items.len(),
     });
     let described = Described {
-        recipe: args.recipe(&manifest.identity()?, &files::sha256(&input.data)?, max_new_tokens, steps),
+        recipe: args.recipe(&manifest.identity()?, &files::sha256(&input.data)?, max_new_tokens, steps) + devices,
         about,
         steps,
         updates: args.iterations,
@@ -82,7 +98,7 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     ));
     let mut run = Run {
         args,
-        objective,
+        objective: args.objective(max_new_tokens),
         max_new_tokens,
         order: Order::new(tuning.seed, data.items.len()),
         workers,
@@ -107,7 +123,7 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
     write_result(input, tuning, &policy, true)?;
     samples::write(&mut run, &policy, &input.out.join(samples::AFTER))?;
     report::write(args, &course.log)?;
-    let shapes = memory::of_rewards(args, &run.data.items, max_new_tokens, Some(&verifier))?;
+    let shapes = memory::of_rewards(args, &run.data.items, max_new_tokens, Some(verifier))?;
     course.log.say(&memory::peak_in_words(&shapes));
     if let Some(speeds) = report::speeds(&course.log) {
         course.log.say(&speeds);
@@ -117,24 +133,24 @@ pub fn run(args: &GrpoArgs) -> anyhow::Result<()> {
 }
 
 /// Everything that stays over a run's steps.
-struct Run<'a> {
+struct Run<'a, D: Device> {
     args: &'a GrpoArgs,
     objective: Objective,
     max_new_tokens: usize,
     order: Order,
     data: Dataset,
     cache: FeatureCache,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<D>>,
     gradients: Vec<Vec<f32>>,
 }
 
-impl Run<'_> {
+impl<D: Device> Run<'_, D> {
     /// Rollouts of items with the policy as it is, a share on each thread, in the order of the items.
     fn roll_out(&mut self, policy: &Policy, items: &[usize], seed: u64) -> anyhow::Result<Vec<Vec<Group>>> {
         let adapter = policy.adapter()?;
         let (args, data, cache, max_new_tokens) = (self.args, &self.data, &self.cache, self.max_new_tokens);
         let share = items.len().div_ceil(self.workers.len());
-        let draw = |(worker, items): (&mut Worker, &[usize])| {
+        let draw = |(worker, items): (&mut Worker<D>, &[usize])| {
             caught(|| {
                 worker.adapt(&adapter)?;
                 let seed = |item: usize, one: usize| mixed(seed, (item * args.group + one) as u64);
@@ -178,8 +194,8 @@ impl Run<'_> {
                     })
                     .collect();
                 let policy = &*policy;
-                type Part<'a> = (((&'a mut Worker, &'a mut Vec<f32>), &'a mut Vec<Group>), usize);
-                let learn = |(((worker, gradients), share), start): Part<'_>| {
+                type Part<'a, D> = (((&'a mut Worker<D>, &'a mut Vec<f32>), &'a mut Vec<Group>), usize);
+                let learn = |(((worker, gradients), share), start): Part<'_, D>| {
                     caught(|| {
                         let mut sums = Sums::default();
                         for (index, group) in share.iter_mut().enumerate().filter(|(_, group)| counted(group)) {

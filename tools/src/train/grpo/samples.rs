@@ -3,6 +3,7 @@
 use super::Run;
 use crate::train::checkpoint::write_atomically;
 use crate::train::policy::Policy;
+use candor_kernels::Device;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -27,7 +28,7 @@ pub(super) struct Sample {
 }
 
 /// Draws and writes them. The prompts are spread over the data.
-pub(super) fn write(run: &mut Run<'_>, policy: &Policy, path: &Path) -> anyhow::Result<()> {
+pub(super) fn write<D: Device>(run: &mut Run<'_, D>, policy: &Policy, path: &Path) -> anyhow::Result<()> {
     let all = run.data.items.len();
     let count = PROMPTS.min(all);
     let items: Vec<usize> = (0..count).map(|i| i * all / count).collect();

@@ -11,7 +11,7 @@ use candor::manifest::Manifest;
 use candor::model::{Adapter, Batch, LanguageModel, Piece, Session};
 use candor::text::rollout::{Rollout, RolloutSettings, roll_out};
 use candor::verify::Verifier;
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use std::path::Path;
 
 /// Sequences that a thread continues side by side, about.
@@ -21,10 +21,10 @@ pub(super) const SLOTS: usize = 64;
 pub(super) const REMEMBERED: usize = 1 << 17;
 
 /// A thread's models and buffers.
-pub struct Worker {
-    prompts: Prompts,
-    sequences: Option<(Session<CpuDevice>, Batch<CpuDevice>)>,
-    scorer: Scorer<Verifier<CpuDevice>>,
+pub struct Worker<D: Device> {
+    prompts: Prompts<D>,
+    sequences: Option<(Session<D>, Batch<D>)>,
+    scorer: Scorer<Verifier<D>>,
     buffers: PolicyBuffers,
 }
 
@@ -108,18 +108,15 @@ impl Counts {
     }
 }
 
-impl Worker {
+impl<D: Device> Worker<D> {
     /// Opens the model and its verifier for one thread; the weights are mapped, so that threads share them.
-    pub fn open(args: &GrpoArgs, manifest: &Manifest, verifier: &Path) -> anyhow::Result<Worker> {
+    pub fn open(args: &GrpoArgs, manifest: &Manifest, verifier: &Path, device: D) -> anyhow::Result<Worker<D>> {
         let mut buffers = PolicyBuffers::default();
         buffers.decoder.checkpointing = args.tuning.checkpointing;
         Ok(Worker {
-            prompts: Prompts::open(&args.input.model, manifest)?,
+            prompts: Prompts::open(&args.input.model, manifest, device.clone())?,
             sequences: None,
-            scorer: Scorer::new(
-                Verifier::open(verifier, CpuDevice::new(Some(1)))?.remembering(REMEMBERED),
-                args.rewards.guard,
-            ),
+            scorer: Scorer::new(Verifier::open(verifier, device)?.remembering(REMEMBERED), args.rewards.guard),
             buffers,
         })
     }
@@ -195,13 +192,13 @@ impl Worker {
         }
         let Some((session, batch)) = &mut self.sequences else { return Ok(Vec::new()) };
         let (device, video) = (self.prompts.model.device().clone(), &mut self.prompts.video);
-        let read = |session: &mut Session<CpuDevice>, prompt: usize| -> anyhow::Result<()> {
+        let read = |session: &mut Session<D>, prompt: usize| -> anyhow::Result<()> {
             for part in &prompts[prompt] {
                 if let PromptPart::Rows(rows) = part {
                     video.write(&device, rows, width)?;
                 }
             }
-            let pieces: Vec<Piece<'_, CpuDevice>> = prompts[prompt]
+            let pieces: Vec<Piece<'_, D>> = prompts[prompt]
                 .iter()
                 .map(|part| match part {
                     PromptPart::Tokens(ids) => Piece::Tokens(ids),

@@ -20,6 +20,8 @@ use anyhow::{Context, ensure};
 use candor::manifest::Manifest;
 use candor::model::ModelConfig;
 use candor::text::Tokenizer;
+use candor::with_device;
+use candor_kernels::Device;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use settings::TuneArgs;
@@ -40,15 +42,29 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     ops::set_exact(tuning.f32);
     let manifest = Manifest::open(&input.model)?;
     let mut data = Dataset::open(&input.data, input.media_root.as_deref(), input.skip_bad)?;
-    let mut completions = completions(args, &mut data)?;
+    let completions = completions(args, &mut data)?;
     let longest = completions.iter().map(Vec::len).max().unwrap_or(1);
     if args.plan {
         return memory::print(&memory::of_tuning(args, &data.items, longest)?);
     }
     let _lock = RunLock::take(&input.out)?;
+    let (chosen, devices) = tuning.open_devices()?;
+    with_device!(chosen, device => run_on(&device, &devices, args, data, completions, &manifest))
+}
+
+fn run_on<D: Device>(
+    device: &D,
+    devices: &str,
+    args: &TuneArgs,
+    mut data: Dataset,
+    mut completions: Vec<Vec<u32>>,
+    manifest: &Manifest,
+) -> anyhow::Result<()> {
+    let (input, tuning) = (&args.input, &args.tuning);
+    let longest = completions.iter().map(Vec::len).max().unwrap_or(1);
     let cache = FeatureCache::open(&input.features(), &input.model)?;
     let before: Vec<usize> = data.items.iter().map(|item| item.line).collect();
-    prepare(&mut data, &input.data, &cache, &input.model, tuning.threads, input.skip_bad)?;
+    prepare(&mut data, &input.data, &cache, &input.model, tuning.threads, input.skip_bad, device)?;
     // Broken clips have left.
     let mut by_line: HashMap<usize, Vec<u32>> = before.into_iter().zip(completions).collect();
     completions = data.items.iter().filter_map(|item| by_line.remove(&item.line)).collect();
@@ -58,7 +74,7 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     let steps = args.steps(data.items.len());
     let about = json!({"command": "train tune", "model": input.model, "data": input.data, "entries": data.items.len()});
     let described = Described {
-        recipe: args.recipe(&manifest.identity()?, &files::sha256(&input.data)?, steps),
+        recipe: args.recipe(&manifest.identity()?, &files::sha256(&input.data)?, steps) + devices,
         about,
         steps,
         updates: 1,
@@ -73,7 +89,7 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     let open = |_| {
         let mut buffers = PolicyBuffers::default();
         buffers.decoder.checkpointing = tuning.checkpointing;
-        Ok(Worker { prompts: Prompts::open(&input.model, &manifest)?, buffers })
+        Ok(Worker { prompts: Prompts::open(&input.model, manifest, device.clone())?, buffers })
     };
     let mut run = Run {
         order: Order::new(tuning.seed, data.items.len()),
@@ -155,8 +171,8 @@ fn completions(args: &TuneArgs, data: &mut Dataset) -> anyhow::Result<Vec<Vec<u3
 }
 
 /// A thread's model and buffers.
-struct Worker {
-    prompts: Prompts,
+struct Worker<D: Device> {
+    prompts: Prompts<D>,
     buffers: PolicyBuffers,
 }
 
@@ -206,17 +222,17 @@ pub fn learn(
 }
 
 /// Everything that stays over a run's steps.
-struct Run<'a> {
+struct Run<'a, D: Device> {
     args: &'a TuneArgs,
     order: Order,
     data: Dataset,
     completions: Vec<Vec<u32>>,
     cache: FeatureCache,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<D>>,
     gradients: Vec<Vec<f32>>,
 }
 
-impl Run<'_> {
+impl<D: Device> Run<'_, D> {
     fn step(
         &mut self,
         step: u64,
@@ -232,7 +248,7 @@ impl Run<'_> {
         let share = items.len().div_ceil(self.workers.len());
         let parts: anyhow::Result<Vec<Sums>> = {
             let policy = &*policy;
-            let learn = |((worker, gradients), items): ((&mut Worker, &mut Vec<f32>), &[usize])| {
+            let learn = |((worker, gradients), items): ((&mut Worker<D>, &mut Vec<f32>), &[usize])| {
                 caught(|| {
                     let Worker { prompts, buffers } = worker;
                     let mut extractor = prompts.extractor(data.faces.clone())?;

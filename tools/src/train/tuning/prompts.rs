@@ -7,7 +7,7 @@ use anyhow::Context;
 use candor::manifest::Manifest;
 use candor::model::{Model, ModelConfig, Rows};
 use candor::text::{ChatTemplate, PromptPiece, Tokenizer};
-use candor_kernels::cpu::CpuDevice;
+use candor_kernels::Device;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -18,14 +18,14 @@ struct Instruction {
 }
 
 /// A model, with what turns items into prompts. One a thread; the weights are mapped, so that threads share them.
-pub struct Prompts {
+pub struct Prompts<D: Device> {
     /// The model.
-    pub model: Model<CpuDevice>,
+    pub model: Model<D>,
     /// The decoder's tokenizer.
     pub tokenizer: Tokenizer,
     /// The video tokens of the last prompt; free for other rows as wide as the decoder.
-    pub video: Rows<CpuDevice>,
-    features: Rows<CpuDevice>,
+    pub video: Rows<D>,
+    features: Rows<D>,
     folder: PathBuf,
     gate_tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -33,10 +33,10 @@ pub struct Prompts {
     instructions: HashMap<String, Instruction>,
 }
 
-impl Prompts {
+impl<D: Device> Prompts<D> {
     /// Opens a model folder for one thread.
-    pub fn open(folder: &Path, manifest: &Manifest) -> anyhow::Result<Prompts> {
-        let model = Model::open(folder, CpuDevice::new(Some(1)))?;
+    pub fn open(folder: &Path, manifest: &Manifest, device: D) -> anyhow::Result<Prompts<D>> {
+        let model = Model::open(folder, device)?;
         let tokenizer = Tokenizer::open(folder)?;
         let gate_folder = model.config().bert_folder.clone();
         let gate_folder =
@@ -55,8 +55,8 @@ impl Prompts {
     }
 
     /// For features that are not in the cache after all. It has to stay on one thread, which the prompts need not.
-    pub fn extractor(&self, faces: FacesFiles) -> anyhow::Result<Extractor> {
-        Ok(Extractor::open(&self.folder, faces)?)
+    pub fn extractor(&self, faces: FacesFiles) -> anyhow::Result<Extractor<D>> {
+        Ok(Extractor::open(&self.folder, faces, self.model.device().clone())?)
     }
 
     /// The parts of an item's prompt.
@@ -64,7 +64,7 @@ impl Prompts {
         &mut self,
         item: &Item,
         cache: &FeatureCache,
-        extractor: &mut Extractor,
+        extractor: &mut Extractor<D>,
     ) -> anyhow::Result<Vec<PromptPart>> {
         let text = item.prompt.as_ref().unwrap_or(&self.own_instruction);
         if !self.instructions.contains_key(text) {

@@ -1,7 +1,9 @@
 //! Options that reward fine-tuning and supervised tuning have in common.
 
 use crate::train::lora::{LoraSettings, Module};
+use crate::train::products::TrainDevice;
 use anyhow::{Context, ensure};
+use candor::device::{Choice, Chosen};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -73,6 +75,13 @@ pub struct TuningArgs {
     /// Threads, each with its share of a step. The result depends on it in the last digits.
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
+    /// Where the runtime computes, rollouts included: auto (a GPU if one can be used, else the processor), cpu, cuda or
+    /// cuda:N. A GPU holds each thread's model.
+    #[arg(long, default_value_t = Choice::Auto)]
+    pub device: Choice,
+    /// Where training computes.
+    #[command(flatten)]
+    pub training: TrainDevice,
     /// Seconds between two checkpoints; 0 writes one after every step.
     #[arg(long, default_value_t = 60.0)]
     pub save_every: f64,
@@ -92,6 +101,14 @@ impl TuningArgs {
         let seconds = self.save_every;
         ensure!((0.0..=1e9).contains(&seconds), "--save-every must be 0 or more seconds, not {seconds}");
         self.lora().map(|_| ())
+    }
+
+    /// Opens the devices: that of the runtime, and what of both belongs to the recipe, as it changes the last digits.
+    pub fn open_devices(&self) -> anyhow::Result<(Chosen, String)> {
+        let products = self.training.choose(self.f32)?;
+        let chosen = self.device.open(Some(1))?;
+        let runtime = if matches!(chosen, Chosen::Cuda(_)) { " runtime on a GPU" } else { "" };
+        Ok((chosen, format!("{runtime}{products}")))
     }
 
     /// Time between two checkpoints.

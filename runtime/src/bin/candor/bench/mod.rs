@@ -14,16 +14,17 @@ mod work;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use candor::device::Choice;
 use candor::manifest::Manifest;
 use candor::message::say;
 use candor::model::{Classifier, Model};
 use candor::watch::Plan;
+use candor::with_device;
 use candor_kernels::Device;
 use candor_kernels::cpu::{CpuDevice, PlanDevice, measure_arithmetic, measure_read_bandwidth};
 use candor_kernels::cuda::CudaDevice;
 use clap::ValueEnum;
 
-use crate::device::{Choice, with_device};
 use crate::{folders, machine, memory};
 use figures::{Figures, Measured, Report, Times};
 use stages::{Decoding, Prompt, SentenceReader, Window};

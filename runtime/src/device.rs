@@ -1,18 +1,19 @@
-//! `--device`: where a model is computed.
+//! `--device`: where a model is computed, as every program of Candor takes it.
 
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
-use candor::watch::GpuMemory;
+use crate::watch::GpuMemory;
+use candor_kernels::DeviceError;
 use candor_kernels::cpu::CpuDevice;
 use candor_kernels::cuda::{CudaDevice, CudaError};
 
 /// What `--device` names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Choice {
+pub enum Choice {
     /// A GPU if one can be used, else the processor.
     Auto,
+    /// The processor.
     Cpu,
     /// The GPU of this number, or an error.
     Cuda(usize),
@@ -44,21 +45,47 @@ impl fmt::Display for Choice {
     }
 }
 
-/// A device that was opened.
-pub(crate) enum Chosen {
+/// A device that was opened. [`with_device!`](crate::with_device) runs code on whichever it is.
+#[derive(Clone, Debug)]
+pub enum Chosen {
+    /// The processor.
     Cpu(CpuDevice),
+    /// A GPU.
     Cuda(CudaDevice),
 }
 
+/// Why the device that was asked for cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("--device {choice}")]
+pub struct ChoiceError {
+    /// What was asked for.
+    pub choice: Choice,
+    /// What is the matter with it.
+    pub source: CudaError,
+}
+
+impl Chosen {
+    /// The same with activations in f32 everywhere.
+    pub fn exact(self) -> Chosen {
+        match self {
+            Chosen::Cpu(device) => Chosen::Cpu(device.exact()),
+            Chosen::Cuda(device) => Chosen::Cuda(device.exact()),
+        }
+    }
+}
+
 impl Choice {
-    /// Opens the device. Why `auto` takes the processor goes to the log, once.
-    pub(crate) fn open(self, threads: Option<usize>) -> Result<Chosen> {
+    /// Opens the device; the processor with `threads` threads (see [`CpuDevice::new`]). Why `auto` takes the processor goes to
+    /// the log, once.
+    ///
+    /// # Errors
+    /// Where a GPU is asked for by its number and cannot be used.
+    pub fn open(self, threads: Option<usize>) -> Result<Chosen, ChoiceError> {
         let cpu = || Chosen::Cpu(CpuDevice::new(threads));
         match self {
             Choice::Cpu => Ok(cpu()),
             Choice::Cuda(number) => {
-                let device = CudaDevice::open(number).with_context(|| format!("--device {self}"))?;
-                Ok(Chosen::Cuda(device))
+                CudaDevice::open(number).map(Chosen::Cuda).map_err(|source| ChoiceError { choice: self, source })
             }
             Choice::Auto => match CudaDevice::open(0) {
                 Ok(device) => Ok(Chosen::Cuda(device)),
@@ -76,12 +103,16 @@ impl Choice {
 }
 
 /// What a GPU has of memory.
-pub(crate) fn gpu_memory(device: &CudaDevice) -> Result<GpuMemory> {
+///
+/// # Errors
+/// What the driver says.
+pub fn gpu_memory(device: &CudaDevice) -> Result<GpuMemory, DeviceError> {
     let (free, total) = device.memory()?;
     Ok(GpuMemory { free: free as u64, total: total as u64, shared: device.is_integrated() })
 }
 
-/// Runs `$body` with the device in `$chosen`, whichever it is.
+/// Runs `$body` with the device in a [`Chosen`](crate::device::Chosen), whichever it is.
+#[macro_export]
 macro_rules! with_device {
     ($chosen:expr, $device:ident => $body:expr) => {
         match $chosen {
@@ -90,8 +121,6 @@ macro_rules! with_device {
         }
     };
 }
-pub(crate) use with_device;
-
 #[cfg(test)]
 mod tests {
     use super::*;
