@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 #![cfg(not(target_feature = "crt-static"))] // those are cross builds, whose programs the host's compiler cannot make
 
+mod runs;
 mod stand_in;
 mod suite;
 

@@ -141,8 +141,10 @@ fn numbers(value: &Value) -> Vec<i64> {
     value.as_array().expect("a list").iter().map(|v| v.as_i64().expect("a number")).collect()
 }
 
+/// Beside the sources; or where scripts/gpu-check.sh has put them, on a machine without.
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity")
+    let packed = std::env::var_os("CANDOR_TEST_FIXTURES").map(PathBuf::from);
+    packed.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity"))
 }
 
 /// Stores a weight the way a variant does; 8-bit weights get their scales beside them.

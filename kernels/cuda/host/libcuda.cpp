@@ -17,12 +17,15 @@
 //     register=none        host memory cannot be registered, and the device says so
 //     register=refused     the device says that it can, and every registration fails, as for a file's pages on some kernels
 //     pinned=none          there is no page-locked memory
-//     fail-launch=N        launch number N (from 1) fails, and with it everything after
+//     fail-launch=N        launch number N (from 1, each of a graph counts) fails, and with it everything after
+//     lost-launch=N        the device is gone in launch number N
 //     lost-at=N            from call number N (from 1) on the device is gone
+//     fail-memory=N        there is no memory for allocation number N (from 1) of the device; others go well
 // CUDA_STANDIN_LAZY=1: streams do nothing until somebody waits for them, which shows where a wait is missing.
 // Otherwise each call does its work at once, in order.
 //
-// standin_memory(&counts) tells tests what was allocated and what still is.
+// standin_memory(&counts) tells tests what was allocated and what still is. standin_begin(state) forgets an error, puts the driver
+// into another state, and counts anew; nothing may be under way. standin_progress(&progress) tells how far the counts are.
 #include <elf.h>
 #include <link.h>
 #include <pthread.h>
@@ -119,7 +122,8 @@ using Pointer = uint64_t;  // CUdeviceptr
 struct Settings {
     bool no_device = false, old_driver = false, integrated = false, lazy = false;
     int major = 8, minor = 7;
-    uint64_t memory = 8ull << 30, largest = UINT64_MAX, fail_launch = 0, lost_at = 0;
+    uint64_t memory = 8ull << 30, largest = UINT64_MAX, fail_launch = 0, lost_launch = 0, lost_at = 0,
+             fail_memory = 0;
     bool may_register = true, registers = true, pinned = true;
     std::string missing_symbol;
 };
@@ -216,7 +220,7 @@ struct Driver {
     Settings settings;
     bool initialized = false;
     Result sticky = Success;
-    uint64_t calls = 0, launches = 0, captures = 0;
+    uint64_t calls = 0, launches = 0, device_allocations = 0, captures = 0;
     uint64_t used = 0, most_used = 0, made = 0;  // bytes of the device, and allocations and registrations so far
     std::map<Pointer, Allocation> allocations;
     std::deque<std::pair<char*, size_t>> graveyard;
@@ -245,11 +249,10 @@ static Driver& driver() {
     abort();
 }
 
-static Settings read_settings() {
+static Settings read_settings(const char* text) {
     Settings settings;
     const char* lazy = getenv("CUDA_STANDIN_LAZY");
     settings.lazy = lazy && strcmp(lazy, "1") == 0;
-    const char* text = getenv("CUDA_STANDIN");
     std::string all = text ? text : "";
     for (size_t begin = 0; begin < all.size();) {
         size_t end = std::min(all.find(',', begin), all.size());
@@ -280,15 +283,19 @@ static Settings read_settings() {
             settings.integrated = value == "1";
         else if (key == "fail-launch")
             settings.fail_launch = number();
+        else if (key == "lost-launch")
+            settings.lost_launch = number();
         else if (key == "lost-at")
             settings.lost_at = number();
+        else if (key == "fail-memory")
+            settings.fail_memory = number();
         else if (!key.empty())
             stop("CUDA_STANDIN has %s, which is no state", word.c_str());
     }
     return settings;
 }
 
-Driver::Driver() : settings(read_settings()) { pthread_key_create(&current, nullptr); }
+Driver::Driver() : settings(read_settings(getenv("CUDA_STANDIN"))) { pthread_key_create(&current, nullptr); }
 
 // Takes a function out of this library's table of symbols.
 static int hide_symbol(struct dl_phdr_info* object, size_t, void* name) {
@@ -324,7 +331,7 @@ static int hide_symbol(struct dl_phdr_info* object, size_t, void* name) {
 }
 
 __attribute__((constructor)) static void on_load() {
-    std::string name = read_settings().missing_symbol;
+    std::string name = read_settings(getenv("CUDA_STANDIN")).missing_symbol;
     if (!name.empty()) dl_iterate_phdr(hide_symbol, &name[0]);
 }
 
@@ -388,7 +395,10 @@ static bool on_device(Pointer address, size_t bytes) {
 static Result allocate(Pointer* result, size_t bytes, Allocation::Kind kind) {
     Driver& d = driver();
     REQUIRE(result && bytes > 0, InvalidValue);
-    if (kind == Allocation::Device) REQUIRE(bytes <= d.settings.largest, OutOfMemory);
+    if (kind == Allocation::Device) {
+        REQUIRE(bytes <= d.settings.largest, OutOfMemory);
+        REQUIRE(++d.device_allocations != d.settings.fail_memory, OutOfMemory);
+    }
     if (kind == Allocation::Host) REQUIRE(d.settings.pinned, OutOfMemory);
     if (kind == Allocation::Device || d.settings.integrated) {
         REQUIRE(bytes <= d.settings.memory && d.used <= d.settings.memory - bytes, OutOfMemory);
@@ -489,6 +499,9 @@ static void check_addresses(const Work& work) {
 }
 
 static Result run_kernel(const Work& work) {
+    const uint64_t launch = ++driver().launches;
+    REQUIRE(launch != driver().settings.fail_launch, LaunchFailed);
+    REQUIRE(launch != driver().settings.lost_launch, DeviceUnavailable);
     check_addresses(work);
     std::vector<void*> pointers = argument_pointers(work);
     cuda_host::launch(*work.function->kernel, work.grid, work.block, work.shared_bytes, pointers.data(),
@@ -545,8 +558,6 @@ static Result run_until(Stream& stream, uint64_t position) {
         Work work = std::move(stream.queue.front());
         stream.queue.pop_front();
         stream.done++;
-        bool counted = work.kind == Work::Kernel || work.kind == Work::Graph;
-        if (counted && ++d.launches == d.settings.fail_launch) d.sticky = LaunchFailed;
         if (d.sticky == Success) d.sticky = run(work);
         if (d.sticky != Success) return d.sticky;
     }
@@ -891,6 +902,27 @@ extern "C" __attribute__((visibility("default"))) void standin_memory(Counts* co
     d.most_used = d.used;
 }
 
+struct Progress {
+    uint64_t calls, launches, device_allocations;
+};
+extern "C" __attribute__((visibility("default"))) void standin_progress(Progress* progress) {
+    Driver& d = driver();
+    std::lock_guard<std::recursive_mutex> guard(d.lock);
+    *progress = {d.calls, d.launches, d.device_allocations};
+}
+extern "C" __attribute__((visibility("default"))) void standin_begin(const char* state) {
+    Driver& d = driver();
+    std::lock_guard<std::recursive_mutex> guard(d.lock);
+    d.settings = read_settings(state);
+    d.sticky = Success;
+    d.calls = d.launches = d.device_allocations = 0;
+    // Of a device that had failed nothing could be destroyed.
+    for (Stream* stream : d.streams) delete stream;
+    d.streams.clear();
+    d.null_stream = Stream();
+    d.context.users = 0;
+}
+
 API(cuMemGetInfo_v2, size_t* free, size_t* total) {
     BEGIN(Current);
     *total = driver().settings.memory;
@@ -913,7 +945,10 @@ API(cuMemAllocAsync, Pointer* address, size_t bytes, void* handle) {
 }
 
 API(cuMemFree_v2, Pointer address) {
-    BEGIN(Current);
+    Call call(Current);
+    // Nothing can be done with the memory of a device that failed; but its owner has let go of it.
+    if (driver().sticky != Success) release(address, Allocation::Device);
+    if (call.result != Success) return call.result;
     if (!address) return Success;
     TRY(refuse_while_capturing());
     TRY(run_everything());
@@ -921,7 +956,9 @@ API(cuMemFree_v2, Pointer address) {
 }
 
 API(cuMemFreeAsync, Pointer address, void* stream) {
-    BEGIN(Current);
+    Call call(Current);
+    if (driver().sticky != Success) release(address, Allocation::Device);
+    if (call.result != Success) return call.result;
     REQUIRE(driver().allocations.count(address), InvalidValue);
     Work work(Work::Free);
     work.to = host(address);
@@ -939,7 +976,9 @@ API(cuMemHostAlloc, void** address, size_t bytes, unsigned) {
 API(cuMemAllocHost_v2, void** address, size_t bytes) { return cuMemHostAlloc(address, bytes, 0); }
 
 API(cuMemFreeHost, void* address) {
-    BEGIN(Current);
+    Call call(Current);
+    if (driver().sticky != Success) release(reinterpret_cast<Pointer>(address), Allocation::Host);
+    if (call.result != Success) return call.result;
     TRY(refuse_while_capturing());
     TRY(run_everything());
     return release(reinterpret_cast<Pointer>(address), Allocation::Host);
@@ -965,9 +1004,12 @@ API(cuMemHostRegister, void* address, size_t bytes, unsigned flags) {
 }
 
 API(cuMemHostUnregister, void* address) {
-    BEGIN(Current);
+    Call call(Current);
     auto& all = driver().allocations;
     auto found = all.find(reinterpret_cast<Pointer>(address));
+    if (driver().sticky != Success && found != all.end() && found->second.kind == Allocation::Registered)
+        all.erase(found);
+    if (call.result != Success) return call.result;
     REQUIRE(found != all.end() && found->second.kind == Allocation::Registered, HostMemoryNotRegistered);
     TRY(run_everything());
     all.erase(found);

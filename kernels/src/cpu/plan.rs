@@ -227,9 +227,7 @@ impl PlanDevice {
         let (outputs, depth) = (weight.weight.0.rows(), weight.weight.0.row_len());
         let mut tally = lock(&self.tally);
         if self.gpu {
-            if weight.weight.0.dtype().is_scaled() {
-                tally.scratch = tally.scratch.max(scratch_bytes(rows, depth));
-            }
+            tally.scratch = tally.scratch.max(scratch_bytes(weight.weight.0.dtype(), rows, depth));
             return;
         }
         if self.cpu.in_bytes(&weight.weight) {

@@ -32,9 +32,15 @@ pub(super) struct Scratch {
     scales: Option<Memory<f32>>,
 }
 
-/// Bytes of a [`Scratch`] that is large enough for `rows` rows of `depth` activations.
-pub(crate) fn scratch_bytes(rows: usize, depth: usize) -> usize {
-    rows.saturating_mul(depth.div_ceil(BLOCK)).saturating_mul(BLOCK + size_of::<f32>())
+/// Bytes of a [`Scratch`] that is large enough for `rows` rows of `depth` activations, of a weight of such a type.
+pub(crate) fn scratch_bytes(dtype: DType, rows: usize, depth: usize) -> usize {
+    match dtype {
+        DType::F16 if rows > FEW_ROWS => {
+            rows.saturating_mul(depth.div_ceil(BLOCK / 2).saturating_mul(BLOCK) + size_of::<f32>())
+        }
+        _ if dtype.is_scaled() => rows.saturating_mul(depth.div_ceil(BLOCK)).saturating_mul(BLOCK + size_of::<f32>()),
+        _ => 0,
+    }
 }
 
 /// Addresses of memory for `rows` rows of `blocks` blocks of 128 bytes, and for `scales` scales.

@@ -7,18 +7,34 @@ use std::sync::OnceLock;
 
 use candor_kernels::cuda::{CudaDevice, CudaError};
 
-/// Builds the stand-in driver, where it is not there yet, and gives the folder it lies in. CUDA_STANDIN_FLAGS are more flags for
-/// the compiler: another architecture, or sanitizers.
+/// A folder with a stand-in driver that is not to be built anew.
+pub(crate) const BUILT: &str = "CUDA_STANDIN_BUILT";
+
+/// The folder of the stand-in driver of this process. CUDA_STANDIN_FLAGS are more flags for the compiler: another architecture, or
+/// sanitizers.
 pub(crate) fn folder() -> PathBuf {
-    // Tests of every crate of the workspace use this.
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
-    let flags = std::env::var("CUDA_STANDIN_FLAGS").unwrap_or_default();
+    if let Some(built) = std::env::var_os(BUILT) {
+        return built.into();
+    }
+    build(&std::env::var("CUDA_STANDIN_FLAGS").unwrap_or_default())
+}
+
+/// Builds a stand-in driver, where it is not there yet, and gives the folder it lies in.
+pub(crate) fn build(flags: &str) -> PathBuf {
     let name = format!("stand-in{}", flags.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let mut command = Command::new(root.join("scripts/cuda-standin.sh"));
-    let built = command.arg(&folder).args(flags.split_whitespace()).output().expect("sh");
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    script(&folder, flags, &[]);
     folder
+}
+
+/// Runs the script that builds a stand-in driver, in the environment `variables`.
+pub(crate) fn script(folder: &Path, flags: &str, variables: &[(&str, &std::ffi::OsStr)]) {
+    // Tests of every crate of the workspace use this.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let mut command = Command::new(root.join("scripts/cuda-standin.sh"));
+    command.arg(folder).args(flags.split_whitespace()).envs(variables.iter().copied());
+    let built = command.output().expect("sh");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
 }
 
 /// Makes the stand-in the driver of this process. The driver that is looked for later is the one that is loaded.
@@ -57,6 +73,39 @@ pub(crate) fn counts() -> Counts {
         ask(&raw mut counts);
     }
     counts
+}
+
+/// How far the stand-in is: `Progress` of cuda/host/libcuda.cpp.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Progress {
+    pub(crate) calls: u64,
+    pub(crate) launches: u64,
+    /// Of the device's memory.
+    pub(crate) allocations: u64,
+}
+
+/// What there was since [`begin`].
+pub(crate) fn progress() -> Progress {
+    let mut progress = Progress::default();
+    // SAFETY: the function is the stand-in's, and has this signature.
+    unsafe {
+        let ask: libloading::Symbol<'_, unsafe extern "C" fn(*mut Progress)> =
+            load().get(b"standin_progress").expect("its own");
+        ask(&raw mut progress);
+    }
+    progress
+}
+
+/// Puts the stand-in into another state, as CUDA_STANDIN names them, and counts anew. No device may be open.
+pub(crate) fn begin(state: &str) {
+    let state = std::ffi::CString::new(state).expect("a text");
+    // SAFETY: the function is the stand-in's, and has this signature.
+    unsafe {
+        let begin: libloading::Symbol<'_, unsafe extern "C" fn(*const std::ffi::c_char)> =
+            load().get(b"standin_begin").expect("its own");
+        begin(state.as_ptr());
+    }
 }
 
 /// Runs `body` of test `name` in a process of its own, on the stand-in in the state `state`; gives what it printed.
