@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candor::model::{Adapter, LanguageModel, Model, Piece, Session};
+use candor::model::{Adapter, Model, Piece, Session};
 use candor::text::rollout::{Rollout, RolloutError, RolloutSettings, roll_out};
 use candor_kernels::Device;
 
