@@ -203,7 +203,11 @@ pub(crate) fn at_once_is_in_steps<D: Device>(device: &D) {
                 if position % 2 == 0 {
                     at_once();
                 } else {
-                    device.replay(&mut replay, || Ok(at_once())).expect("it can be replayed");
+                    let run = || {
+                        at_once();
+                        Ok(())
+                    };
+                    device.replay(&mut replay, run).expect("it can be replayed");
                 }
                 assert!(done, "{sizes:?} of {dtype}");
                 layer.in_steps(device, &mut theirs, &mut in_steps, position).expect("a good layer");
