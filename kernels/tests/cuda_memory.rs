@@ -284,7 +284,11 @@ fn a_mapped_file_is_read_where_it_lies() {
         for weight in [&there, &odd, &other] {
             check_rows(&device, weight, &[0, 500, 999], 100);
         }
-        assert_eq!(*file.gone.lock().expect("nobody panicked"), [400_008..800_008], "pages that are read stay");
+        assert_eq!(
+            *file.gone.lock().expect("nobody panicked"),
+            std::slice::from_ref(&(400_008..800_008)),
+            "pages that are read stay"
+        );
         drop(there);
         assert_eq!(counts().registered, 0, "nobody reads it any more");
         let again = device.weight(&file.tensor(0, 1000, 100)).expect("registered again");

@@ -68,7 +68,11 @@ fn one(
         .filled(8);
     let rows_first = !columns_first((of[0], of[1]), (side, side));
     let [one, two] = if rows_first { of } else { [of[1], of[0]] }.map(|input| axis(machine, input, side));
-    let (floats, whole) = if patch > 0 { ((side / patch * patch).pow(2) * 3, 0) } else { (0, side * side * 3) };
+    // Of bytes, where there are no patches, all pixels.
+    let (floats, whole) = match side.checked_div(patch) {
+        Some(patches) => ((patches * patch).pow(2) * 3, 0),
+        None => (0, side * side * 3),
+    };
     let [floats, whole] = [4 * floats, whole].map(|bytes| if bytes > 0 { machine.output(bytes) } else { 0 });
     let tiles = side.div_ceil(TILE);
     machine.run(
