@@ -3,7 +3,7 @@
 use super::{CudaDevice, CudaError};
 use crate::choice::{Allowed, Choice};
 use crate::cpu::CpuDevice;
-use crate::device::{Activation, AttentionShape, CacheType, Device, Result, Unfold};
+use crate::device::{Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, Result, Unfold};
 use crate::pixels::{Cut, Format, Outside, Picture, Pixels, Yuv};
 use crate::scales::Scales;
 use crate::tensor::{DType, HostTensor};
@@ -23,16 +23,90 @@ impl CudaDevice {
         for device in [self.clone(), self.clone().exact()] {
             let found = outputs(&device).map_err(|error| failed(&error.to_string()))?;
             for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-                let size = expected.iter().fold(1e-3f32, |size, value| size.max(value.abs()));
-                // What is no number is not near either.
-                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= ALLOWED * size;
-                if found.len() != expected.len() || !found.iter().zip(expected).all(near) {
+                if !are_near(found, expected) {
                     return Err(failed(name));
                 }
             }
         }
+        for dtype in [DType::I4, DType::I8] {
+            // The steps were held against the CPU's above.
+            let outputs = decoder_layer(self, dtype).map_err(|error| failed(&error.to_string()))?;
+            if outputs.is_some_and(|[at_once, in_steps]| !are_near(&at_once, &in_steps)) {
+                return Err(failed(&format!("a decoder layer of {dtype}")));
+            }
+        }
         Ok(())
     }
+}
+
+/// Whether all differences are small. What is no number is not near either.
+fn are_near(found: &[f32], expected: &[f32]) -> bool {
+    let size = expected.iter().fold(1e-3f32, |size, value| size.max(value.abs()));
+    found.len() == expected.len() && found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= ALLOWED * size)
+}
+
+/// What a decoder layer makes of a position at once, and in its steps; none if the GPU has no such launch.
+fn decoder_layer(device: &CudaDevice, dtype: DType) -> Result<Option<[Vec<f32>; 2]>> {
+    let (heads, key_heads, head_dim, mlp, position, theta, eps) = (3, 1, 64, 160, 130, 1e4, 1e-6);
+    let (width, keys) = (heads * head_dim, key_heads * head_dim);
+    let weight = |rows, depth| stored(dtype, rows, depth).map(|tensor| device.weight(&tensor)).transpose();
+    let norm = HostTensor::from_f32(&vec![0.1; width], &[width]).ok();
+    let norm = norm.map(|tensor| device.weight(&tensor)).transpose()?;
+    let square = weight(width, width)?;
+    let (narrow, gate, down) = (weight(keys, width)?, weight(mlp, width)?, weight(width, mlp)?);
+    let (Some(norm), Some(square), Some(narrow), Some(gate), Some(down)) = (norm, square, narrow, gate, down) else {
+        return Ok(None);
+    };
+    let scale = 0.125;
+    let layer = DecoderLayer {
+        attention_norm: &norm,
+        projections: [(&square, Some(&norm)), (&narrow, None), (&narrow, None)],
+        output: &square,
+        mlp_norm: &norm,
+        gate: &gate,
+        up: &gate,
+        down: &down,
+        heads: [heads, key_heads],
+        head_dim,
+        eps,
+        theta,
+        scale,
+    };
+    let mut found = [Vec::new(), Vec::new()];
+    for (in_steps, found) in found.iter_mut().enumerate() {
+        let mut cache = device.cache(CacheType::I8, position + 1, key_heads, head_dim)?;
+        let mut before = device.allocate(position * keys)?;
+        device.write(&numbers(position * keys, 5), &mut before, 0)?;
+        device.cache_write(&before, &before, position, &mut cache, 0)?;
+        let mut x = device.allocate(width)?;
+        device.write(&numbers(width, 6), &mut x, 0)?;
+        let of = |len: usize| device.allocate(len);
+        let (mut query, mut key, mut value) = (of(width)?, of(keys)?, of(keys)?);
+        let (mut attended, mut gated, mut normed, mut scratch) = (of(width)?, of(mlp)?, of(width)?, of(width)?);
+        if in_steps == 0 {
+            let (x, query, key, value) = (&mut x, &mut query, &mut key, &mut value);
+            let buffers = DecoderBuffers { x, query, key, value, attended: &mut attended, gate: &mut gated };
+            if !device.decoder_layer(&layer, buffers, &mut cache, position)? {
+                return Ok(None);
+            }
+        } else {
+            device.rms_norm(&x, 1, &norm, eps, &mut normed)?;
+            let each = layer.projections.map(|(weight, bias)| (weight, bias, Activation::Identity));
+            device.linear_each(&normed, 1, &each, &mut [&mut query, &mut key, &mut value])?;
+            let of_heads = [heads, key_heads];
+            device.rope_and_write(&mut query, &mut key, &value, 1, of_heads, head_dim, &mut cache, position, theta)?;
+            let (queries, keys, causal, rounded) = (1, position + 1, true, false);
+            let shape = AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal, scale, rounded };
+            device.cache_attention(&query, &cache, shape, &mut attended)?;
+            device.linear_add(&attended, 1, &square, None, width, &mut scratch, &mut x)?;
+            device.rms_norm(&x, 1, &norm, eps, &mut normed)?;
+            device.linear_gated(&normed, 1, &gate, &gate, Activation::Silu, mlp, &mut scratch, &mut gated)?;
+            device.linear_add(&gated, 1, &down, None, width, &mut scratch, &mut x)?;
+        }
+        *found = vec![0.0; width];
+        device.read(&x, 0, found)?;
+    }
+    Ok(Some(found))
 }
 
 /// Numbers between -1 and 1 that repeat themselves (Knuth's multiplicative hash).
