@@ -30,7 +30,7 @@ impl Declared {
     }
 }
 
-/// Orders tensors as a file has them. Those whose size is a multiple of [`ALIGNMENT`] come first, so that without gaps they
+/// Orders tensors as a file has them. Those whose size is a multiple of 64 bytes come first, so that without gaps they
 /// begin at one too, where a GPU can read them in place; then the widest types, so that everything lies at multiples of its
 /// own size.
 pub fn order(a: &Declared, b: &Declared) -> std::cmp::Ordering {
