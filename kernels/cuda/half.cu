@@ -25,21 +25,9 @@ EXPORT(to_half)
 
 // sums += x · weightᵀ over 16 elements, the piece of 32 bytes `piece`.
 __device__ __forceinline__ void multiply(const Stage<8>& stage, int piece, float (&sums)[2][4][4]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int row = warp / 2 * 32, output = warp % 2 * 32;
     uint32_t x[2][4], weight[4][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        ldmatrix_x4(x[i], &stage.x[row + 16 * i + lane % 16][piece * PIECE + lane / 16 * 16]);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t two[4];
-        ldmatrix_x4(two, &stage.weight[output + 8 * i + lane / 16 * 8 + lane % 8][piece * PIECE + lane / 8 % 2 * 16]);
-        weight[i][0] = two[0];
-        weight[i][1] = two[1];
-        weight[i + 1][0] = two[2];
-        weight[i + 1][1] = two[3];
-    }
+    take_x(stage, piece * PIECE, x);
+    take_weight(stage, piece * PIECE, weight);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll

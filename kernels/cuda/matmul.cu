@@ -6,32 +6,24 @@
 
 #if __CUDA_ARCH__ >= 800
 
+// A warp's fragments of four-bit values, as bytes.
+__device__ __forceinline__ void take_weight(const Stage<4>& stage, int from, uint32_t (&weight)[4][2]) {
+    int lane = threadIdx.x % 32, output = threadIdx.x / 32 % 2 * 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t* words = (const uint32_t*)&stage.weight[output + 8 * i + lane / 4][from / 2];
+        uint32_t first = words[lane % 4 / 2], second = words[2 + lane % 4 / 2];
+        weight[i][0] = lane % 2 ? odd_values(first) : even_values(first);
+        weight[i][1] = lane % 2 ? odd_values(second) : even_values(second);
+    }
+}
+
 // sums += x · weightᵀ over PIECE elements from `piece` · PIECE on.
 template <int WORDS>
 __device__ __forceinline__ void multiply(const Stage<WORDS>& stage, int piece, int (&sums)[ROW_PARTS][OUTPUT_PARTS]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int row = warp / 2 * 32, output = warp % 2 * 32;
     uint32_t x[2][4], weight[4][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        ldmatrix_x4(x[i], &stage.x[row + 16 * i + lane % 16][piece * PIECE + lane / 16 * 16]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (WORDS == 8) {
-            if (i % 2 == 1) continue;
-            uint32_t two[4];
-            ldmatrix_x4(two, &stage.weight[output + 8 * i + lane / 16 * 8 + lane % 8][piece * PIECE + lane / 8 % 2 * 16]);
-            weight[i][0] = two[0];
-            weight[i][1] = two[1];
-            weight[i + 1][0] = two[2];
-            weight[i + 1][1] = two[3];
-        } else {
-            const uint32_t* words = (const uint32_t*)&stage.weight[output + 8 * i + lane / 4][piece * PIECE / 2];
-            uint32_t first = words[lane % 4 / 2], second = words[2 + lane % 4 / 2];
-            weight[i][0] = lane % 2 ? odd_values(first) : even_values(first);
-            weight[i][1] = lane % 2 ? odd_values(second) : even_values(second);
-        }
-    }
+    take_x(stage, piece * PIECE, x);
+    take_weight(stage, piece * PIECE, weight);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll

@@ -73,4 +73,26 @@ __device__ __forceinline__ int output_of(int part) {
     return warp % 2 * 32 + part / 2 * 8 + lane % 4 * 2 + part % 2;
 }
 
+// A warp's fragments of 32 bytes of its rows of x, from byte `from` on.
+template <int WORDS>
+__device__ __forceinline__ void take_x(const Stage<WORDS>& stage, int from, uint32_t (&x)[2][4]) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 64 * 32;
+#pragma unroll
+    for (int i = 0; i < 2; i++) ldmatrix_x4(x[i], &stage.x[row + 16 * i + lane % 16][from + lane / 16 * 16]);
+}
+
+// Those of its outputs of the weight, where that takes as many bytes.
+__device__ __forceinline__ void take_weight(const Stage<8>& stage, int from, uint32_t (&weight)[4][2]) {
+    int lane = threadIdx.x % 32, output = threadIdx.x / 32 % 2 * 32;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t two[4];
+        ldmatrix_x4(two, &stage.weight[output + 8 * i + lane / 16 * 8 + lane % 8][from + lane / 8 % 2 * 16]);
+        weight[i][0] = two[0];
+        weight[i][1] = two[1];
+        weight[i + 1][0] = two[2];
+        weight[i + 1][1] = two[3];
+    }
+}
+
 #endif

@@ -192,6 +192,12 @@ fn what_is_replayed_is_what_is_done() {
     let table = device.weight(&table).expect("a good tensor");
     let run = |x: &mut CudaBuffer, out: &mut CudaBuffer, id: u32, twice: bool| {
         device.embed(&table, &[id], x, 0)?;
+        // Another kernel, in a run that is as long.
+        if id == 3 {
+            device.activate(Activation::Tanh, x, 64)?
+        } else {
+            device.add_positions(x, 1, &table, 1)?
+        }
         device.linear(x, 1, &weight, None, Activation::Gelu, out)?;
         if twice { device.linear(x, 1, &weight, None, Activation::Identity, out) } else { Ok(()) }
     };

@@ -49,6 +49,8 @@ struct Recording {
     /// How many launches there are so far, and which of them are not as they were.
     count: usize,
     changed: Vec<usize>,
+    /// Whether other kernels are launched than last time, or more of them.
+    others: bool,
     /// The position that was set in this run ([`position`]).
     position: Option<usize>,
 }
@@ -79,38 +81,40 @@ pub(super) fn position<T>(gpu: &Gpu, does: impl FnOnce(&mut Option<usize>) -> T)
 /// As [`super::launch::launch`].
 pub(super) unsafe fn record(gpu: &Gpu, function: &CudaFunction, grid: Grid, arguments: &[Argument<'_>]) -> bool {
     of_recording(gpu, |recording| {
-        let Recording { launches, count, changed, .. } = recording;
+        let Recording { launches, count, changed, others, .. } = recording;
         let (index, function) = (*count, function.cu_function());
         *count += 1;
-        let mut bytes = Vec::new();
-        let known = launches.get(index).filter(|known| (known.function, known.grid) == (function, grid));
+        // What a node of a graph can be told anew: all but these.
+        let known = launches.get(index).filter(|known| {
+            (known.function, known.grid.cooperative, known.offsets.len())
+                == (function, grid.cooperative, arguments.len())
+        });
+        let bytes = |argument: &Argument<'_>| {
+            // SAFETY: the value is there, with so many bytes, all of them written: what kernels take has none between fields.
+            unsafe { std::slice::from_raw_parts(argument.value.cast::<u8>(), argument.bytes) }
+        };
         if let Some(known) = known {
             let same = |(argument, &offset): (&Argument<'_>, &usize)| {
-                // SAFETY: the value is there, with so many bytes, all of them written: the structs that kernels take have no gaps
-                // that matter, and a difference in one costs no more than an update.
-                let value = unsafe { std::slice::from_raw_parts(argument.value.cast::<u8>(), argument.bytes) };
-                known.arguments.get(offset..offset + argument.bytes) == Some(value)
+                known.arguments.get(offset..offset + argument.bytes) == Some(bytes(argument))
             };
-            if known.offsets.len() == arguments.len() && arguments.iter().zip(&known.offsets).all(same) {
+            if known.grid == grid && arguments.iter().zip(&known.offsets).all(same) {
                 return;
             }
         }
-        let mut offsets = Vec::with_capacity(arguments.len());
+        let is_known = known.is_some();
+        let mut launch = Launch { function, grid, arguments: Vec::new(), offsets: Vec::with_capacity(arguments.len()) };
         for argument in arguments {
-            bytes.resize(bytes.len().next_multiple_of(16), 0);
-            offsets.push(bytes.len());
-            // SAFETY: as above.
-            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(argument.value.cast::<u8>(), argument.bytes) });
+            launch.arguments.resize(launch.arguments.len().next_multiple_of(16), 0);
+            launch.offsets.push(launch.arguments.len());
+            launch.arguments.extend_from_slice(bytes(argument));
         }
-        let launch = Launch { function, grid, arguments: bytes, offsets };
-        changed.push(index);
-        match launches.get_mut(index) {
-            Some(known) if (known.function, known.grid) == (launch.function, launch.grid) => *known = launch,
-            _ => {
-                // Another launch than last time: what follows is new too.
-                launches.truncate(index);
-                launches.push(launch);
-            }
+        if is_known {
+            changed.push(index);
+            launches[index] = launch;
+        } else {
+            *others = true;
+            launches.truncate(index);
+            launches.push(launch);
         }
     })
     .is_some()
@@ -141,7 +145,7 @@ pub(super) fn replay(gpu: &Gpu, replay: &mut CudaReplay, operations: impl FnOnce
     }
     let launches = std::mem::take(&mut replay.launches);
     let before = launches.len();
-    RECORDING.set(Some(Recording { gpu, launches, count: 0, changed: Vec::new(), position: None }));
+    RECORDING.set(Some(Recording { gpu, launches, count: 0, changed: Vec::new(), others: false, position: None }));
     let ends = Ends;
     let done = operations();
     let recording = RECORDING.take();
@@ -151,7 +155,7 @@ pub(super) fn replay(gpu: &Gpu, replay: &mut CudaReplay, operations: impl FnOnce
         replay.graph = None;
         return done;
     };
-    let same = recording.count == before && recording.launches.len() == before;
+    let same = recording.count == before && !recording.others;
     recording.launches.truncate(recording.count);
     replay.launches = recording.launches;
     if replay.launches.is_empty() {

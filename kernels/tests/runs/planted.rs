@@ -26,7 +26,12 @@ const IN_PLAIN: &[Planted] = &[
     planted("attention.cu", ["    __syncthreads();\n    int seen", "    int seen"], "attention", "panicked"),
     planted("matmul.cu", ["#endif\n        __syncthreads();", "#endif"], QUANTISED, "element"),
     planted("matmul.cu", ["cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"], QUANTISED, "element"),
-    planted("matmul.cu", ["weight[i + 1][1] = two[3]", "weight[i + 1][1] = two[2]"], QUANTISED, "element"),
+    planted(
+        "matmul.cu",
+        ["odd_values(second) : even_values(second)", "odd_values(first) : even_values(first)"],
+        QUANTISED,
+        "element",
+    ),
     planted("half.cu", ["cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"], "layers_in_f16", ": NaN, not"),
     planted("half.cu", ["x[i], weight[j])", "x[i], weight[j ^ 1])"], "layers_in_f16", "row 0"),
     planted("flash.cu", ["ldmatrix_x4_trans(both", "ldmatrix_x4(both"], FILLED, "panicked"),
