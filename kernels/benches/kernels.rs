@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candor_kernels::cpu::{CpuBuffer, CpuDevice, CpuWeight, measure_arithmetic, measure_read_bandwidth};
-use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, HostTensor, Scales};
+use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, HostTensor, Rounding, Scales};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rand::{Rng, RngCore, SeedableRng};
@@ -142,7 +142,7 @@ fn product(criterion: &mut Criterion) {
 fn attention(criterion: &mut Criterion) {
     let device = CpuDevice::new(None);
     let mut group = group(criterion, "attention");
-    let tower = |batch: usize, length: usize, heads: usize, rounded: bool| AttentionShape {
+    let tower = |batch: usize, length: usize, heads: usize, rounding: Rounding| AttentionShape {
         batch,
         queries: length,
         keys: length,
@@ -151,19 +151,19 @@ fn attention(criterion: &mut Criterion) {
         head_dim: 64,
         causal: false,
         scale: 0.125,
-        rounded,
+        rounding,
     };
     let operations = |shape: &AttentionShape| {
         let keys = if shape.causal { shape.keys - shape.queries + shape.queries.div_ceil(2) } else { shape.keys };
         4 * (shape.batch * shape.heads * shape.queries * keys * shape.head_dim) as u64
     };
     for (name, batch, length, heads) in [("vision tower", 8, 196, 12), ("Whisper", 1, 1500, 20)] {
-        for rounded in [true, false] {
-            let shape = tower(batch, length, heads, rounded);
+        for (rounding, of) in [(Rounding::Bytes, "bytes"), (Rounding::None, "f32")] {
+            let shape = tower(batch, length, heads, rounding);
             let [q, k, v] = [(); 3].map(|()| buffer(&device, batch * length * heads * 64));
             let mut out = device.allocate(batch * length * heads * 64).expect("memory");
             group.throughput(Throughput::Elements(operations(&shape)));
-            group.bench_function(BenchmarkId::new(name, if rounded { "bytes" } else { "f32" }), |bencher| {
+            group.bench_function(BenchmarkId::new(name, of), |bencher| {
                 bencher.iter(|| {
                     device.attention(&q, &k, &v, shape, &mut out).expect("fits");
                     black_box(&out);
@@ -173,14 +173,8 @@ fn attention(criterion: &mut Criterion) {
     }
     for (kind, name) in [(CacheType::I8, "int8"), (CacheType::F16, "f16"), (CacheType::F32, "f32")] {
         for (what, queries, keys) in [("decode", 1, 256), ("decode", 1, 1024), ("prefill", 512, 512)] {
-            let shape = AttentionShape {
-                queries,
-                keys,
-                key_heads: 2,
-                causal: true,
-                rounded: kind == CacheType::I8,
-                ..tower(1, keys, 14, false)
-            };
+            let shape =
+                AttentionShape { queries, keys, key_heads: 2, causal: true, ..tower(1, keys, 14, Rounding::None) };
             let mut cache = device.cache(kind, keys, 2, 64).expect("memory");
             let [k, v] = [(); 2].map(|()| buffer(&device, keys * 2 * 64));
             device.cache_write(&k, &v, keys, &mut cache, 0).expect("fits");

@@ -1,4 +1,5 @@
-// The write side of key-value caches, [key heads, capacity, head_dim]. All architectures; bound by memory.
+// The write side of key-value caches, [key heads, capacity, head_dim], and keys of a buffer as bytes. All architectures; bound by
+// memory.
 #include "cache.cuh"
 
 // k and v [rows, key heads, head_dim] to positions first ...
@@ -92,3 +93,37 @@ extern "C" __global__ void __launch_bounds__(32)
                 TurnedKeys{k, turn, head}, [&](int i) { return value[i]; });
 }
 EXPORT(rope_write_i8)
+
+constexpr int KEY_WARPS = 8;
+constexpr int WIDEST = 128; // elements of a head
+
+// Keys k [batch, keys, key heads, head_dim] as bytes, in the same order, the mean of each head's taken off, which changes no weight of an
+// attention; scales [batch, key heads, keys]. A block for each head and sequence.
+extern "C" __global__ void __launch_bounds__(32 * KEY_WARPS)
+    round_keys(const float* k, int keys, int key_heads, int head_dim, signed char* codes, float* scales) {
+    __shared__ float mean[KEY_WARPS][WIDEST];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    size_t row = (size_t)key_heads * head_dim, start = (size_t)blockIdx.y * keys * row + (size_t)blockIdx.x * head_dim;
+    float sums[WIDEST / 32] = {};
+    for (int key = warp; key < keys; key += KEY_WARPS) {
+#pragma unroll
+        for (int i = 0; i < WIDEST / 32; i++)
+            if (lane + 32 * i < head_dim) sums[i] += k[start + key * row + lane + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < WIDEST / 32; i++) mean[warp][lane + 32 * i] = sums[i];
+    __syncthreads();
+    if ((int)threadIdx.x < head_dim) {
+        float sum = 0.0f;
+        for (int other = 0; other < KEY_WARPS; other++) sum += mean[other][threadIdx.x];
+        mean[0][threadIdx.x] = sum / (float)keys;
+    }
+    __syncthreads();
+    scales += ((size_t)blockIdx.y * key_heads + blockIdx.x) * keys;
+    for (int key = warp; key < keys; key += KEY_WARPS) {
+        size_t from = start + key * row;
+        float scale = round_to_bytes(head_dim, [&](int i) { return k[from + i] - mean[0][i]; }, codes + from);
+        if (lane == 0) scales[key] = scale;
+    }
+}
+EXPORT(round_keys)

@@ -3,7 +3,7 @@
 //
 // A block takes 64 queries of a head, a warp 16 of them, and goes over the keys in tiles of 64 that all four warps share: scores,
 // weights by online softmax, and the weighted values (Dao 2023, "FlashAttention-2"). Weights and values are f16, and so are queries
-// and keys, but for a cache of bytes: there queries become bytes too, and scores are sums of integers (Zhang and others 2024,
+// and keys, but where keys are bytes: there queries become bytes too, and scores are sums of integers (Zhang and others 2024,
 // "SageAttention"). Weights go from one product to the next in registers: what a lane holds of the first one's result is what it needs
 // as the second one's input.
 #include "attention.cuh"
@@ -151,11 +151,11 @@ struct Scores<WIDTH, signed char> {
     }
 };
 
-// q and out [batch, queries, heads, head_dim]; the scales, where there are any, [key heads, strides.heads / head_dim].
-template <int WIDTH, typename T>
-__device__ __forceinline__ void flash(const float* q, const T* k, const T* v, const float* k_scales, const float* v_scales,
-                                      const Shape& shape, const Strides& strides, float* out) {
-    __shared__ typename Scores<WIDTH, T>::Tile keys;
+// q and out [batch, queries, heads, head_dim]; the scales, where there are any, [batch, key heads, keys, or a cache's capacity].
+template <int WIDTH, typename K, typename V>
+__device__ __forceinline__ void flash(const float* q, const K* k, const V* v, const float* k_scales, const float* v_scales,
+                                      int scales, const Shape& shape, const Strides& strides, float* out) {
+    __shared__ typename Scores<WIDTH, K>::Tile keys;
     __shared__ __align__(16) __half values[KEYS][WIDTH + PAD];
     constexpr int PARTS = WIDTH / 8;
     int width = shape.head_dim, head = blockIdx.y, key_head = head / (shape.heads / shape.key_heads);
@@ -167,13 +167,12 @@ __device__ __forceinline__ void flash(const float* q, const T* k, const T* v, co
     long long of_head = blockIdx.z * strides.batches + key_head * strides.heads;
     k += of_head;
     v += of_head;
-    if (k_scales) {
-        k_scales += of_head / width;
-        v_scales += of_head / width;
-    }
+    long long scales_before = ((long long)blockIdx.z * shape.key_heads + key_head) * scales;
+    if (k_scales) k_scales += scales_before;
+    if (v_scales) v_scales += scales_before;
 
     // The queries stay in registers.
-    Scores<WIDTH, T> queries;
+    Scores<WIDTH, K> queries;
     queries.put_queries(keys, q, row_stride, min(QUERIES, shape.queries - first), width, shape.scale);
     __syncthreads();
     queries.take_queries(keys);
@@ -269,8 +268,8 @@ __device__ __forceinline__ void flash(const float* q, const T* k, const T* v, co
 
 #else
 
-template <int WIDTH, typename T>
-__device__ __forceinline__ void flash(const float*, const T*, const T*, const float*, const float*, const Shape&,
+template <int WIDTH, typename K, typename V>
+__device__ __forceinline__ void flash(const float*, const K*, const V*, const float*, const float*, int, const Shape&,
                                       const Strides&, float*) {}
 
 #endif
@@ -279,18 +278,24 @@ __device__ __forceinline__ void flash(const float*, const T*, const T*, const fl
 #define FLASH(WIDTH, BLOCKS)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f32_##WIDTH(                                   \
         const float* q, const float* k, const float* v, Shape shape, Strides strides, float* out) {                    \
-        flash<WIDTH, float>(q, k, v, nullptr, nullptr, shape, strides, out);                                           \
+        flash<WIDTH>(q, k, v, nullptr, nullptr, 0, shape, strides, out);                                               \
     }                                                                                                                  \
     EXPORT(flash_f32_##WIDTH)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        flash_keys_i8_##WIDTH(const float* q, const signed char* k, const float* v, const float* k_scales,             \
+                              Shape shape, Strides strides, float* out) {                                              \
+        flash<WIDTH>(q, k, v, k_scales, nullptr, shape.keys, shape, strides, out);                                     \
+    }                                                                                                                  \
+    EXPORT(flash_keys_i8_##WIDTH)                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f16_##WIDTH(                                   \
         const float* q, const __half* k, const __half* v, Shape shape, Strides strides, float* out) {                  \
-        flash<WIDTH, __half>(q, k, v, nullptr, nullptr, shape, strides, out);                                          \
+        flash<WIDTH>(q, k, v, nullptr, nullptr, 0, shape, strides, out);                                               \
     }                                                                                                                  \
     EXPORT(flash_f16_##WIDTH)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         flash_i8_##WIDTH(const float* q, const signed char* k, const signed char* v, const float* k_scales,            \
                          const float* v_scales, Shape shape, Strides strides, float* out) {                            \
-        flash<WIDTH, signed char>(q, k, v, k_scales, v_scales, shape, strides, out);                                   \
+        flash<WIDTH>(q, k, v, k_scales, v_scales, (int)(strides.heads / shape.head_dim), shape, strides, out);         \
     }                                                                                                                  \
     EXPORT(flash_i8_##WIDTH)
 

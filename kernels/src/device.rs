@@ -118,8 +118,19 @@ pub struct AttentionShape {
     pub causal: bool,
     /// Factor on q·k, mostly `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// Queries and keys may be rounded to bytes (see [`Device::in_bytes`]). In a cache of bytes they are anyway.
-    pub rounded: bool,
+    /// How far queries and keys may be rounded (see [`Device::rounding`]). In a cache of bytes or halves they are anyway.
+    pub rounding: Rounding,
+}
+
+/// What numbers become before they are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// They stay f32.
+    None,
+    /// f16.
+    Halves,
+    /// Bytes with a scale.
+    Bytes,
 }
 
 /// A layer of a decoder of Qwen2's kind: RMS norms before attention and MLP, grouped-query attention with rotary positions, a gated
@@ -403,11 +414,12 @@ pub trait Device: Clone + Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Whether products with this weight are made of bytes: then those of attention may be too.
-    fn in_bytes(&self, weight: &Self::Weight) -> bool {
+    /// How activations are rounded for products with this weight: then those of attention may be too.
+    fn rounding(&self, weight: &Self::Weight) -> Rounding {
         let _ = weight;
-        false
+        Rounding::None
     }
+
     /// An empty cache for `capacity` positions of `key_heads` heads.
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<Self::Cache>;
     /// Puts k and v, `[rows, key_heads · head_dim]`, at positions `first ..`. Positions are written in their order; position

@@ -14,6 +14,8 @@ pub mod scales;
 pub mod tensor;
 
 pub use choice::{Allowed, AllowedIds, Choice, ChoiceError};
-pub use device::{Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Unfold};
+pub use device::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Rounding, Unfold,
+};
 pub use scales::Scales;
 pub use tensor::{DType, HostTensor};

@@ -4,7 +4,7 @@
 mod suite;
 
 use candor_kernels::cpu::CpuDevice;
-use candor_kernels::{AttentionShape, Device};
+use candor_kernels::{AttentionShape, Device, Rounding};
 use suite::attention::{ALLOWED, Hardness, SHAPES, buffer, expected, input, worst};
 
 fn devices() -> Vec<CpuDevice> {
@@ -15,7 +15,17 @@ fn devices() -> Vec<CpuDevice> {
 fn bytes_are_near_the_definition() {
     for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: true };
+        let shape = AttentionShape {
+            batch,
+            queries,
+            keys,
+            heads,
+            key_heads,
+            head_dim,
+            causal,
+            scale,
+            rounding: Rounding::Bytes,
+        };
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
             let input = input(number as u64, hardness, shape);
             let (expected, size) = expected(&input);

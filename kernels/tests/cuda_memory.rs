@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use candor_kernels::cuda::{CudaDevice, CudaWeight};
 use candor_kernels::tensor::Keeper;
-use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales};
+use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Rounding, Scales};
 use stand_in::{alone, counts};
 
 /// Bytes at a page, as a mapped file's are.
@@ -151,7 +151,7 @@ impl Work {
                 head_dim: 64,
                 causal: true,
                 scale: 0.125,
-                rounded: false,
+                rounding: Rounding::None,
             };
             device.cache_attention(q, copy, shape, out)?;
             device.attention(q, x, x, shape, out)?;

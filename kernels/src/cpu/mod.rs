@@ -28,7 +28,7 @@ pub use report::KernelReport;
 
 use crate::check;
 use crate::choice::{self, Allowed, Choice};
-use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Rounding, Unfold};
 use crate::pixels::{self, Picture};
 use crate::tensor::{DType, HostTensor};
 use pool::ThreadPool;
@@ -353,7 +353,7 @@ impl Device for CpuDevice {
         }
         check::attention("attention", &shape)?;
         let (q, k, v, out) = (&q.0[..q_len], &k.0[..k_len], &v.0[..k_len], &mut out.0[..q_len]);
-        if shape.rounded && !self.exact && head_dim <= quantised::attention::WIDEST_HEAD {
+        if shape.rounding == Rounding::Bytes && !self.exact && head_dim <= quantised::attention::WIDEST_HEAD {
             quantised::attention::attention(
                 self.level,
                 &self.pool,
@@ -366,8 +366,8 @@ impl Device for CpuDevice {
         attention::attention(self.level, &self.pool, &self.serial, attention::Inputs { q, k, v, strides, shape }, out)
     }
 
-    fn in_bytes(&self, weight: &CpuWeight) -> bool {
-        self.codes(weight).is_some()
+    fn rounding(&self, weight: &CpuWeight) -> Rounding {
+        if self.codes(weight).is_some() { Rounding::Bytes } else { Rounding::None }
     }
 
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CpuCache> {

@@ -14,9 +14,9 @@ use super::{CpuDevice, CpuWeight, is_widened};
 use crate::choice::{self, Allowed, Choice};
 use crate::cuda::CudaCache;
 use crate::cuda::arena::ALIGNMENT;
-use crate::cuda::attention::parts_bytes;
-use crate::cuda::layers::scratch_bytes;
-use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Unfold};
+use crate::cuda::attention::{parts_bytes, rounded_keys};
+use crate::cuda::layers::{rounding, scratch_bytes};
+use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Rounding, Unfold};
 use crate::pixels::Picture;
 use crate::tensor::HostTensor;
 
@@ -64,8 +64,8 @@ struct Tally {
     live: usize,
     /// The same in a GPU's memory, weights among them.
     on_gpu: usize,
-    /// Activations as bytes and parts of an attention in a GPU's memory: the most that one operation needed.
-    scratch: usize,
+    /// Activations as bytes, their scales, and parts of an attention in a GPU's memory: the most that one operation needed.
+    scratch: [usize; 2],
     parts: usize,
     /// Panels and bytes of activations: the most that one product needed.
     panels: usize,
@@ -78,8 +78,12 @@ struct Tally {
 impl Tally {
     fn held(&self) -> Held {
         let owned = self.live + self.panels + self.quantised;
-        let gpu = self.on_gpu + self.scratch + self.parts;
+        let gpu = self.on_gpu + self.scratch[0] + self.scratch[1] + self.parts;
         Held { mapped: (self.touched.len() * BLOCK) as u64, owned: owned as u64, gpu: gpu as u64 }
+    }
+
+    fn need_scratch(&mut self, bytes: [usize; 2]) {
+        self.scratch = [0, 1].map(|i| self.scratch[i].max(bytes[i]));
     }
 
     /// Bytes that there are in a GPU's memory, or in the process's.
@@ -227,10 +231,10 @@ impl PlanDevice {
         let (outputs, depth) = (weight.weight.0.rows(), weight.weight.0.row_len());
         let mut tally = lock(&self.tally);
         if self.gpu {
-            tally.scratch = tally.scratch.max(scratch_bytes(weight.weight.0.dtype(), rows, depth));
+            tally.need_scratch(scratch_bytes(weight.weight.0.dtype(), rows, depth));
             return;
         }
-        if self.cpu.in_bytes(&weight.weight) {
+        if self.cpu.rounding(&weight.weight) == Rounding::Bytes {
             tally.quantised = tally.quantised.max((rows as f64 * depth as f64 * QUANTISED_ELEMENT) as usize);
         } else if rows > DOT_ROWS {
             tally.panels = tally.panels.max(panel_bytes(rows, outputs, depth, self.cpu.pool().threads()));
@@ -356,14 +360,20 @@ impl Device for PlanDevice {
         _: &PlanBuffer,
         _: &PlanBuffer,
         _: &PlanBuffer,
-        _: AttentionShape,
+        shape: AttentionShape,
         _: &mut PlanBuffer,
     ) -> Result<()> {
+        if self.gpu && shape.rounding == Rounding::Bytes && shape.queries > 1 {
+            let [elements, scales] = rounded_keys(&shape).unwrap_or([usize::MAX; 2]);
+            let mut tally = lock(&self.tally);
+            tally.need_scratch([elements, scales.saturating_mul(size_of::<f32>())]);
+            tally.note();
+        }
         Ok(())
     }
 
-    fn in_bytes(&self, weight: &PlanWeight) -> bool {
-        self.cpu.in_bytes(&weight.weight)
+    fn rounding(&self, weight: &PlanWeight) -> Rounding {
+        if self.gpu { rounding(weight.weight.0.dtype()) } else { self.cpu.rounding(&weight.weight) }
     }
 
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<PlanBuffer> {

@@ -5,10 +5,10 @@ use std::sync::PoisonError;
 
 use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
-use super::layers::grown;
+use super::layers::{grown, scratch};
 use super::{CudaBuffer, CudaCache, CudaDevice, address};
 use crate::check;
-use crate::device::{AttentionShape, CacheType, Result};
+use crate::device::{AttentionShape, CacheType, DeviceError, Result, Rounding};
 
 /// The widest head; cuda/attention.cu has the same number.
 pub(super) const WIDEST_HEAD: usize = 512;
@@ -66,6 +66,12 @@ fn grid(shape: &AttentionShape) -> Grid {
     Grid { shared: shape.head_dim * size_of::<f32>(), ..Grid::blocks(blocks, 128) }
 }
 
+/// Elements of an attention's keys that become bytes, and how many scales they have.
+pub(crate) fn rounded_keys(shape: &AttentionShape) -> Option<[usize; 2]> {
+    let scales = shape.batch.checked_mul(shape.keys)?.checked_mul(shape.key_heads)?;
+    Some([scales.checked_mul(shape.head_dim)?, scales])
+}
+
 /// The grid of cuda/flash.cu for this shape, where its kernels do this.
 fn flash_grid(device: &CudaDevice, shape: &AttentionShape) -> Option<Grid> {
     const QUERIES: usize = 64;
@@ -75,6 +81,8 @@ fn flash_grid(device: &CudaDevice, shape: &AttentionShape) -> Option<Grid> {
     fits.then(|| Grid::blocks(blocks, 128))
 }
 
+const OP: &str = "attention";
+
 /// Attention over buffers whose sizes were checked.
 pub(super) fn attention(
     device: &CudaDevice,
@@ -82,18 +90,44 @@ pub(super) fn attention(
     shape: AttentionShape,
     out: &mut CudaBuffer,
 ) -> Result<()> {
-    const OP: &str = "attention";
     let width = shape.key_heads * shape.head_dim;
     let (heads, keys) = (shape.head_dim as i64, width as i64);
     let strides = Strides { batches: (shape.keys * width) as i64, heads, keys };
-    let flash = flash_grid(device, &shape).filter(|_| shape.rounded);
-    let (grid, narrow, shape) = (grid(&shape), shape.head_dim <= NARROW, Shape::new(device, OP, &shape)?);
+    let narrow = shape.head_dim <= NARROW;
     let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
-    match flash {
-        Some(grid) if narrow => run!(device, OP, flash_f32_64, grid, q, k, v, shape, strides, out),
-        Some(grid) => run!(device, OP, flash_f32_128, grid, q, k, v, shape, strides, out),
-        None => run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out),
+    match (flash_grid(device, &shape), shape.rounding) {
+        (Some(grid), Rounding::Bytes) => {
+            let [codes, scales] = round_keys(device, k, &shape)?;
+            let shape = Shape::new(device, OP, &shape)?;
+            match narrow {
+                true => run!(device, OP, flash_keys_i8_64, grid, q, codes, v, scales, shape, strides, out),
+                false => run!(device, OP, flash_keys_i8_128, grid, q, codes, v, scales, shape, strides, out),
+            }
+        }
+        (Some(grid), Rounding::Halves) => {
+            let shape = Shape::new(device, OP, &shape)?;
+            match narrow {
+                true => run!(device, OP, flash_f32_64, grid, q, k, v, shape, strides, out),
+                false => run!(device, OP, flash_f32_128, grid, q, k, v, shape, strides, out),
+            }
+        }
+        _ => {
+            let (grid, shape) = (grid(&shape), Shape::new(device, OP, &shape)?);
+            run!(device, OP, attention_f32, grid, q, k, v, shape, strides, out)
+        }
     }
+}
+
+/// Addresses of the keys as bytes, and of their scales.
+fn round_keys(device: &CudaDevice, k: u64, shape: &AttentionShape) -> Result<[u64; 2]> {
+    let [codes, scales] = match rounded_keys(shape) {
+        Some([elements, count]) => scratch(device, Some(elements), Some(count))?,
+        None => return Err(DeviceError::OutOfMemory { bytes: usize::MAX }),
+    };
+    let grid = Grid::blocks([shape.key_heads, shape.batch, 1], 256);
+    let Shape { keys, key_heads, head_dim, .. } = Shape::new(device, OP, shape)?;
+    run!(device, OP, round_keys, grid, k, keys, key_heads, head_dim, codes, scales)?;
+    Ok([codes, scales])
 }
 
 /// Attention to a cache that holds what the shape says.

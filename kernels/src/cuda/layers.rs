@@ -7,7 +7,7 @@ use super::arena::Memory;
 use super::launch::{Argument, Grid, launch};
 use super::weight::WeightArgument;
 use super::{CudaBuffer, CudaDevice, CudaWeight, address, code, zeros};
-use crate::device::{Activation, DeviceError, Result};
+use crate::device::{Activation, DeviceError, Result, Rounding};
 use crate::tensor::DType;
 
 const OP: &str = "linear";
@@ -25,6 +25,15 @@ const TILE: usize = 64;
 const STAGES: usize = 3;
 const STAGE_BYTES: [usize; 2] = [TILE * (64 + 16) + TILE * (32 + 16), 2 * TILE * (64 + 16)];
 
+/// What activations become for products with a weight of this type.
+pub(crate) fn rounding(dtype: DType) -> Rounding {
+    match dtype {
+        DType::F16 => Rounding::Halves,
+        _ if dtype.is_scaled() => Rounding::Bytes,
+        _ => Rounding::None,
+    }
+}
+
 /// Memory for activations as bytes. It grows to the most that was ever needed.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
@@ -32,23 +41,27 @@ pub(super) struct Scratch {
     scales: Option<Memory<f32>>,
 }
 
-/// Bytes of a [`Scratch`] that is large enough for `rows` rows of `depth` activations, of a weight of such a type.
-pub(crate) fn scratch_bytes(dtype: DType, rows: usize, depth: usize) -> usize {
-    match dtype {
-        DType::F16 if rows > FEW_ROWS => {
-            rows.saturating_mul(depth.div_ceil(BLOCK / 2).saturating_mul(BLOCK) + size_of::<f32>())
-        }
-        _ if dtype.is_scaled() => rows.saturating_mul(depth.div_ceil(BLOCK)).saturating_mul(BLOCK + size_of::<f32>()),
-        _ => 0,
-    }
+/// Bytes of codes and of scales of a [`Scratch`] that is large enough for `rows` rows of `depth` activations, of a weight of
+/// such a type.
+pub(crate) fn scratch_bytes(dtype: DType, rows: usize, depth: usize) -> [usize; 2] {
+    let (blocks, scales) = match dtype {
+        DType::F16 if rows > FEW_ROWS => (depth.div_ceil(BLOCK / 2), 1),
+        _ if dtype.is_scaled() => (depth.div_ceil(BLOCK), depth.div_ceil(BLOCK)),
+        _ => (0, 0),
+    };
+    [blocks * BLOCK, scales * size_of::<f32>()].map(|bytes| rows.saturating_mul(bytes))
 }
 
-/// Addresses of memory for `rows` rows of `blocks` blocks of 128 bytes, and for `scales` scales.
-fn scratch(device: &CudaDevice, rows: usize, blocks: usize, scales: usize) -> Result<[u64; 2]> {
+/// Addresses of memory for codes and for scales, until the next operation that needs some.
+pub(super) fn scratch(device: &CudaDevice, codes: Option<usize>, scales: Option<usize>) -> Result<[u64; 2]> {
     let mut scratch = device.inner.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-    let Scratch { codes, scales: of_scales } = &mut *scratch;
-    let bytes = rows.checked_mul(blocks).and_then(|count| count.checked_mul(BLOCK));
-    Ok([address(grown(device, codes, bytes)?, 0), address(grown(device, of_scales, Some(scales))?, 0)])
+    let Scratch { codes: of_codes, scales: of_scales } = &mut *scratch;
+    Ok([address(grown(device, of_codes, codes)?, 0), address(grown(device, of_scales, scales)?, 0)])
+}
+
+/// Bytes of `rows` rows of `blocks` blocks.
+fn of_blocks(rows: usize, blocks: usize) -> Option<usize> {
+    rows.checked_mul(blocks).and_then(|count| count.checked_mul(BLOCK))
 }
 
 /// A layer and where its output goes.
@@ -218,7 +231,7 @@ fn of_halves(
 ) -> Result<()> {
     let Some(&Layer { depth, .. }) = layers.first() else { return Ok(()) };
     let blocks = depth.div_ceil(BLOCK / 2);
-    let [halves, scales] = scratch(device, rows, blocks, rows)?;
+    let [halves, scales] = scratch(device, of_blocks(rows, blocks), Some(rows))?;
     let (x, depth) = (address(&x.data, 0), device.small(OP, "columns", depth)?);
     let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
     run!(device, OP, to_half, Grid::blocks([rows, 1, 1], 128), x, blocks, depth, halves, scales)?;
@@ -239,7 +252,7 @@ fn of_bytes(
     let Some(&Layer { depth, chunk, .. }) = layers.first().filter(|_| rows > 0) else { return Ok(()) };
     let blocks = depth.div_ceil(BLOCK);
     let count = rows.checked_mul(blocks).ok_or(DeviceError::OutOfMemory { bytes: usize::MAX })?;
-    let [codes, scales] = scratch(device, rows, blocks, count)?;
+    let [codes, scales] = scratch(device, of_blocks(rows, blocks), Some(count))?;
     let (depth, words) = (device.small(OP, "columns", depth)?, i32::from(four));
     let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
     let quantise_grid = Grid::blocks([count.div_ceil(128 / 32), 1, 1], 128);

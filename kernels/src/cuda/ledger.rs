@@ -5,10 +5,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::layers::{FEW_ROWS, LAYERS};
+use super::layers::{self, FEW_ROWS, LAYERS};
 use crate::choice::{self, Allowed, Choice};
 use crate::device::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Rounding, Unfold,
 };
 use crate::pixels::Picture;
 use crate::tensor::{DType, HostTensor};
@@ -210,6 +210,11 @@ impl LedgerDevice {
         std::mem::take(&mut *self.books())
     }
 
+    /// Whether the kernels of tensor cores run there.
+    fn has_tensor_cores(&self) -> bool {
+        self.board.capability.0 >= 8
+    }
+
     /// Books a launch.
     fn launch(&self, kernel: &'static str, bytes: f64, byte_operations: f64, float_operations: f64) {
         self.launch_with_meetings(kernel, bytes, byte_operations, float_operations, 0);
@@ -261,7 +266,7 @@ impl LedgerDevice {
                 };
                 (kernel, operations, 0.0, x)
             }
-            DType::F16 if rows > FEW_ROWS && self.board.capability.0 >= 8 => {
+            DType::F16 if rows > FEW_ROWS && self.has_tensor_cores() => {
                 self.launch("to_half", F32 * x + 2.0 * x, 0.0, x);
                 ("matmul_f16", 2.0 * operations, 0.0, 2.0 * x)
             }
@@ -270,16 +275,21 @@ impl LedgerDevice {
         self.launch(kernel, stored + read + out, byte_operations, float_operations);
     }
 
-    /// `tensor`: by tensor cores in f16, at half the speed of bytes.
-    fn attend(&self, kernel: &'static str, shape: &AttentionShape, key_bytes: f64, tensor: bool) {
+    /// What keys are for tensor cores, where they can do this: f16 is multiplied at half the speed of bytes, and values are f16.
+    fn attend(&self, kernel: &'static str, shape: &AttentionShape, key_bytes: f64, rounding: Rounding) {
         let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, .. } = *shape;
         let seen = if causal { keys as f64 - (queries as f64 - 1.0) / 2.0 } else { keys as f64 };
         let operations = 4.0 * (batch * queries * heads * head_dim) as f64 * seen;
         let own = 2.0 * F32 * (batch * queries * heads * head_dim) as f64;
         let cached = batch as f64 * keys as f64 * key_heads as f64 * key_bytes;
-        match tensor && queries > 1 && self.board.capability.0 >= 8 {
-            true => self.launch("flash", own + cached, 2.0 * operations, 0.0),
-            false => self.launch(kernel, own + cached, 0.0, operations),
+        match rounding {
+            Rounding::Halves if queries > 1 && self.has_tensor_cores() => {
+                self.launch("flash", own + cached, 2.0 * operations, 0.0)
+            }
+            Rounding::Bytes if queries > 1 && self.has_tensor_cores() => {
+                self.launch("flash", own + cached, 1.5 * operations, 0.0)
+            }
+            _ => self.launch(kernel, own + cached, 0.0, operations),
         }
     }
 }
@@ -460,12 +470,21 @@ impl Device for LedgerDevice {
         shape: AttentionShape,
         _: &mut LedgerBuffer,
     ) -> Result<()> {
-        self.attend("attention", &shape, 2.0 * F32 * shape.head_dim as f64, shape.rounded);
+        let AttentionShape { batch, queries, keys, key_heads, head_dim, rounding, .. } = shape;
+        let mut key_bytes = 2.0 * F32 * head_dim as f64;
+        if rounding == Rounding::Bytes && queries > 1 && self.has_tensor_cores() {
+            // The keys once as bytes with a scale, and the values.
+            let code_bytes = head_dim as f64 + F32;
+            let each = (batch * keys * key_heads) as f64;
+            self.launch("round_keys", each * (F32 * head_dim as f64 + code_bytes), 0.0, 3.0 * each * head_dim as f64);
+            key_bytes = code_bytes + F32 * head_dim as f64;
+        }
+        self.attend("attention", &shape, key_bytes, rounding);
         Ok(())
     }
 
-    fn in_bytes(&self, weight: &LedgerWeight) -> bool {
-        weight.0.dtype().is_scaled()
+    fn rounding(&self, weight: &LedgerWeight) -> Rounding {
+        layers::rounding(weight.0.dtype())
     }
 
     fn cache(&self, kind: CacheType, _: usize, key_heads: usize, _: usize) -> Result<LedgerCache> {
@@ -512,7 +531,12 @@ impl Device for LedgerDevice {
         _: &mut LedgerBuffer,
     ) -> Result<()> {
         let bytes = cache.0.position_bytes(1, shape.head_dim) as f64;
-        self.attend("cache_attention", &shape, bytes, cache.0 != CacheType::F32);
+        let rounding = match cache.0 {
+            CacheType::F32 => Rounding::None,
+            CacheType::F16 => Rounding::Halves,
+            CacheType::I8 => Rounding::Bytes,
+        };
+        self.attend("cache_attention", &shape, bytes, rounding);
         Ok(())
     }
 

@@ -57,7 +57,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::check;
 use crate::choice::{Allowed, Choice};
 use crate::device::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Unfold,
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Rounding, Unfold,
     rope_frequencies,
 };
 use crate::pixels::Picture;
@@ -558,8 +558,8 @@ impl Device for CudaDevice {
         attention::attention(self, [q, k, v], shape, out)
     }
 
-    fn in_bytes(&self, weight: &CudaWeight) -> bool {
-        !self.exact && weight.dtype().is_scaled()
+    fn rounding(&self, weight: &CudaWeight) -> Rounding {
+        if self.exact { Rounding::None } else { layers::rounding(weight.dtype()) }
     }
 
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CudaCache> {

@@ -3,7 +3,9 @@
 use super::{CudaDevice, CudaError};
 use crate::choice::{Allowed, Choice};
 use crate::cpu::CpuDevice;
-use crate::device::{Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, Result, Unfold};
+use crate::device::{
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, Result, Rounding, Unfold,
+};
 use crate::pixels::{Cut, Format, Outside, Picture, Pixels, Yuv};
 use crate::scales::Scales;
 use crate::tensor::{DType, HostTensor};
@@ -95,8 +97,8 @@ fn decoder_layer(device: &CudaDevice, dtype: DType) -> Result<Option<[Vec<f32>; 
             device.linear_each(&normed, 1, &each, &mut [&mut query, &mut key, &mut value])?;
             let of_heads = [heads, key_heads];
             device.rope_and_write(&mut query, &mut key, &value, 1, of_heads, head_dim, &mut cache, position, theta)?;
-            let (queries, keys, causal, rounded) = (1, position + 1, true, false);
-            let shape = AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal, scale, rounded };
+            let (queries, keys, causal, rounding) = (1, position + 1, true, Rounding::None);
+            let shape = AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal, scale, rounding };
             device.cache_attention(&query, &cache, shape, &mut attended)?;
             device.linear_add(&attended, 1, &square, None, width, &mut scratch, &mut x)?;
             device.rms_norm(&x, 1, &norm, eps, &mut normed)?;
@@ -204,8 +206,17 @@ fn attention<D: Device>(
     device.cache_copy(&cache, &mut copy, rows)?;
     for (queries, causal) in [(1, true), (3, true)] {
         let scale = 0.125;
-        let shape =
-            AttentionShape { batch: 1, queries, keys: rows, heads, key_heads, head_dim, causal, scale, rounded: false };
+        let shape = AttentionShape {
+            batch: 1,
+            queries,
+            keys: rows,
+            heads,
+            key_heads,
+            head_dim,
+            causal,
+            scale,
+            rounding: Rounding::None,
+        };
         let mut out = device.allocate(queries * heads * head_dim)?;
         device.cache_attention(&q, &copy, shape, &mut out)?;
         keep(&format!("attention of {queries} to a cache of {kind:?}"), &out)?;
@@ -291,21 +302,18 @@ fn volumes<D: Device>(
     let mut out = device.allocate(2 * 9 * 3 * channels)?;
     device.bilinear(&x, 2, (6, 4), (9, 3), channels, &mut out)?;
     keep("bilinear", &out)?;
-    let (q, k) = (buffer(2 * 5 * 32, 6)?, buffer(2 * 7 * 32, 7)?);
-    let shape = AttentionShape {
-        batch: 2,
-        queries: 5,
-        keys: 7,
-        heads: 2,
-        key_heads: 2,
-        head_dim: 16,
-        causal: false,
-        scale: 0.25,
-        rounded: false,
-    };
-    let mut out = device.allocate(2 * 5 * 32)?;
-    device.attention(&q, &k, &k, shape, &mut out)?;
-    keep("attention", &out)
+    for rounding in [Rounding::None, Rounding::Halves, Rounding::Bytes] {
+        for head_dim in [16, 80] {
+            let (batch, queries, keys, heads) = (2, 5, 7, 2);
+            let (q, k) = (buffer(batch * queries * heads * head_dim, 6)?, buffer(batch * keys * heads * head_dim, 7)?);
+            let (key_heads, causal, scale) = (heads, false, 0.25);
+            let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounding };
+            let mut out = device.allocate(batch * queries * heads * head_dim)?;
+            device.attention(&q, &k, &k, shape, &mut out)?;
+            keep("attention", &out)?;
+        }
+    }
+    Ok(())
 }
 
 fn choices<D: Device>(

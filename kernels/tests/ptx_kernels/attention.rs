@@ -20,6 +20,8 @@ enum Type {
     F32,
     F16,
     I8,
+    /// Keys as bytes, values in f32.
+    KeysI8,
 }
 
 /// Random elements of a type, `width` that share a scale.
@@ -121,13 +123,27 @@ fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: 
     let q_at = machine.floats(&q);
     // As buffers lie, [batch, keys, key heads, width], or as caches do, [key heads, capacity, width].
     let capacity = if in_cache { keys + 3 } else { keys };
-    let [k, v] = [0, 1].map(|_| stored(machine, kind, batch * key_heads * capacity * width, width));
+    let of_keys = if kind == Type::KeysI8 { [Type::I8, Type::F32] } else { [kind; 2] };
+    let [mut k, v] = of_keys.map(|kind| stored(machine, kind, batch * key_heads * capacity * width, width));
+    if kind == Type::KeysI8 {
+        // Their scales lie [batch, key heads, keys].
+        let scales = machine.numbers(batch * key_heads * keys);
+        let scales: Vec<f32> = scales.iter().map(|scale| (scale + 3.0) / 256.0).collect();
+        let codes = machine.random_bytes(batch * key_heads * keys * width);
+        (k.at, k.scales) = (machine.bytes(&codes), machine.floats(&scales));
+        let of_element = |(i, &code): (usize, &u8)| {
+            let (head, key, sequence) =
+                (i / width % key_heads, i / width / key_heads % keys, i / width / key_heads / keys);
+            f64::from(code as i8) * f64::from(scales[(sequence * key_heads + head) * keys + key])
+        };
+        k.values = codes.iter().enumerate().map(of_element).collect();
+    }
     let row = key_heads * width;
     let strides = if in_cache { [0, capacity * width, width] } else { [keys * row, width, row] };
     let lies = strides.iter().fold(Fields::default(), |fields, &stride| fields.word(stride as u64));
     let ints = [queries, keys, heads, key_heads, width, usize::from(causal)];
     let (argument, out) = (Fields::default().ints(&ints).float(scale), machine.output(4 * q.len()));
-    let of_kind = format!("{kind:?}").to_lowercase();
+    let of_kind = if kind == Type::KeysI8 { "keys_i8".to_owned() } else { format!("{kind:?}").to_lowercase() };
     let (family, kernel, grid) = if fast {
         let wide = if width <= 64 { 64 } else { 128 };
         let grid = Grid([queries.div_ceil(64), heads, batch], THREADS, 0);
@@ -138,6 +154,7 @@ fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: 
     };
     let arguments = match kind {
         Type::I8 => arguments![q_at, k.at, v.at, k.scales, v.scales, argument, lies, out].to_vec(),
+        Type::KeysI8 => arguments![q_at, k.at, v.at, k.scales, argument, lies, out].to_vec(),
         _ => arguments![q_at, k.at, v.at, argument, lies, out].to_vec(),
     };
     machine.run([family, &kernel], grid, &arguments);
@@ -149,7 +166,7 @@ fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: 
     let scaled: Vec<f64> = q.iter().map(|q| f64::from(q * scale)).collect();
     let (scaled, k, v) = match (fast, kind) {
         (false, _) => (scaled, k.values, v.values),
-        (true, Type::I8) => {
+        (true, Type::I8 | Type::KeysI8) => {
             let queries = q.chunks_exact(width).flat_map(rounded).map(|q| q * f64::from(scale));
             (queries.collect(), k.values, narrow(&v.values))
         }
@@ -193,7 +210,7 @@ pub(crate) fn flash(machine: &mut Machine) {
         ([1, 17, 150, 2, 1, 67], true),
     ] {
         let shape = Shape::of(shape, causal);
-        check(machine, shape, Type::F32, false, true);
+        [Type::F32, Type::KeysI8].into_iter().for_each(|kind| check(machine, shape, kind, false, true));
         if shape.batch == 1 {
             [Type::F16, Type::I8].into_iter().for_each(|kind| check(machine, shape, kind, true, true));
         }

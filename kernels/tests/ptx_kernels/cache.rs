@@ -213,3 +213,31 @@ pub(crate) fn rope_write(machine: &mut Machine) {
         machine.check("keys", k_at, &wide(&k), 0.0);
     }
 }
+
+/// Keys of a buffer as bytes, each head's mean taken off.
+pub(crate) fn round_keys(machine: &mut Machine) {
+    for (batch, keys, heads, width) in [(1, 1, 1, 1), (2, 9, 3, 20), (1, 70, 2, 72), (2, 17, 1, 128)] {
+        let k: Vec<f32> = machine.numbers(batch * keys * heads * width).iter().map(|x| x + 2.0).collect();
+        let k_at = machine.floats(&k);
+        let (codes, scales) = (machine.output(k.len()), machine.output(4 * batch * keys * heads));
+        let arguments: &[Arg] = arguments![k_at, Int(keys), Int(heads), Int(width), codes, scales];
+        machine.run(["cache", "round_keys"], Grid([heads, batch, 1], 256, 0), arguments);
+        let (codes, scales) = (machine.read(codes), machine.read_floats(scales));
+        let place = |sequence: usize, key: usize, head: usize| ((sequence * keys + key) * heads + head) * width;
+        for (sequence, head) in (0..batch).flat_map(|sequence| (0..heads).map(move |head| (sequence, head))) {
+            let sum = |i: usize| (0..keys).map(|key| f64::from(k[place(sequence, key, head) + i])).sum::<f64>();
+            let mean: Vec<f64> = (0..width).map(|i| sum(i) / keys as f64).collect();
+            for key in 0..keys {
+                let at = place(sequence, key, head);
+                let centred: Vec<f64> = mean.iter().enumerate().map(|(i, mean)| f64::from(k[at + i]) - mean).collect();
+                let scale = f64::from(scales[(sequence * heads + head) * keys + key]);
+                let largest = centred.iter().fold(0f64, |largest, x| largest.max(x.abs()));
+                assert!((scale - largest / 127.0).abs() < 1e-6, "{batch} {keys} {heads} {width}: {scale}, {largest}");
+                for (i, x) in centred.iter().enumerate() {
+                    let found = f64::from(codes[at + i] as i8) * scale;
+                    assert!((found - x).abs() <= 0.51 * scale + 1e-6, "{batch} {keys} {heads} {width}: {found}, {x}");
+                }
+            }
+        }
+    }
+}

@@ -44,8 +44,9 @@ macro_rules! tests {
 tests! {
     attention::decode: decode_f16 decode_i8;
     attention::attention: attention_f32 attention_f16 attention_i8;
-    attention::flash: flash_f32_64 flash_f32_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
+    attention::flash: flash_f32_64 flash_f32_128 flash_keys_i8_64 flash_keys_i8_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     cache::cache_write: cache_write_f32 cache_write_f16 cache_write_i8;
+    cache::round_keys: round_keys;
     cache::rope_write: rope_write_f32 rope_write_f16 rope_write_i8;
     decoder::layer: decoder_layer_i4 decoder_layer_i8 set_position;
     elementwise::activate: activate;
@@ -121,6 +122,14 @@ const IN_OTHERS: &[Planted] = &[
     (decoder::layer, "decoder", 72, "    grid_barrier(layer.arrived);\n    const", "    const"),
     (decoder::layer, "decoder", 87, "gridDim.x - 1)", "gridDim.x)"),
     (decoder::layer, "decoder", 72, "    __syncthreads();\n    const float *q", "    const float *q"),
+    (
+        cache::round_keys,
+        "cache",
+        72,
+        "    __syncthreads();\n    if ((int)threadIdx.x < head_dim)",
+        "    if ((int)threadIdx.x < head_dim)",
+    ),
+    (attention::flash, "flash", 87, "* shape.key_heads + key_head) * scales", "* shape.heads + key_head) * scales"),
     (attention::flash, "flash", 87, "factor[i / 2] * tile.scales[column])", "factor[i % 2] * tile.scales[column])"),
     (layers::halves, "half", 87, "mma_f16(sums[i][j], x[i], weight[j])", "mma_f16(sums[i][j], x[i], weight[j ^ 1])"),
     (layers::halves, "half", 87, "(13 - exponent", "(15 - exponent"),

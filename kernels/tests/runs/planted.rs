@@ -122,6 +122,7 @@ const UNDER_THE_THREAD_SANITIZER: &[Planted] = &[
         RACE,
     ),
     planted("flash.cu", ["        __syncthreads();\n    }\n#pragma", "    }\n#pragma"], ROUNDED, RACE),
+    planted("cache.cu", ["    __syncthreads();\n    scales +=", "    scales +="], ROUNDED, RACE),
     planted("matmul.cu", ["#endif\n        __syncthreads();", "#endif"], QUANTISED, RACE),
     planted(
         "half.cu",

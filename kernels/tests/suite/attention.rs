@@ -1,7 +1,7 @@
 //! Attention over bytes and over caches against its definition in f64, over inputs that make it hard:
 //! channels far from zero, long contexts, one key that takes nearly all.
 
-use candor_kernels::{AttentionShape, CacheType, Device};
+use candor_kernels::{AttentionShape, CacheType, Device, Rounding};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -112,7 +112,17 @@ pub(crate) fn caches_are_near_the_definition_however_they_are_filled<D: Device>(
             continue;
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: false };
+        let shape = AttentionShape {
+            batch,
+            queries,
+            keys,
+            heads,
+            key_heads,
+            head_dim,
+            causal,
+            scale,
+            rounding: Rounding::None,
+        };
         let width = key_heads * head_dim;
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
             let input = input(100 + number as u64, hardness, shape);
@@ -167,7 +177,7 @@ pub(crate) fn caches_refuse_what_they_cannot_hold<D: Device>(device: &D) {
         head_dim: 8,
         causal: true,
         scale: 1.0,
-        rounded: false,
+        rounding: Rounding::None,
     };
     let run = |shape| device.cache_attention(&row, &bytes, shape, &mut buffer(device, &[0.0; 16]));
     assert!(run(good).is_ok());
@@ -183,15 +193,18 @@ pub(crate) fn caches_refuse_what_they_cannot_hold<D: Device>(device: &D) {
 pub(crate) fn rounded_attention_is_near_the_definition<D: Device>(device: &D) {
     for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: true };
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
-            let input = input(number as u64, hardness, shape);
-            let (expected, size) = expected(&input);
-            let (q, k, v) = (buffer(device, &input.q), buffer(device, &input.k), buffer(device, &input.v));
-            let mut out = device.allocate(expected.len()).expect("memory");
-            device.attention(&q, &k, &v, shape, &mut out).expect("a good shape");
-            let error = worst(device, &out, &expected) / size;
-            assert!(error < ALLOWED, "{} {hardness:?} {shape:?}: {error}", device.describe());
+            for (rounding, allowed) in [(Rounding::None, 2e-5), (Rounding::Halves, 4e-3), (Rounding::Bytes, ALLOWED)] {
+                let shape =
+                    AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounding };
+                let input = input(number as u64, hardness, shape);
+                let (expected, size) = expected(&input);
+                let (q, k, v) = (buffer(device, &input.q), buffer(device, &input.k), buffer(device, &input.v));
+                let mut out = device.allocate(expected.len()).expect("memory");
+                device.attention(&q, &k, &v, shape, &mut out).expect("a good shape");
+                let error = worst(device, &out, &expected) / size;
+                assert!(error < allowed, "{} {hardness:?} {shape:?}: {error}", device.describe());
+            }
         }
     }
 }

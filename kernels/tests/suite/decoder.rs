@@ -1,7 +1,8 @@
 //! A decoder layer at once against the steps that it is made of.
 
 use candor_kernels::{
-    Activation, AttentionShape, CacheType, DType, DecoderBuffers, DecoderLayer, Device, DeviceError, HostTensor, Scales,
+    Activation, AttentionShape, CacheType, DType, DecoderBuffers, DecoderLayer, Device, DeviceError, HostTensor,
+    Rounding, Scales,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -140,7 +141,7 @@ impl<D: Device> Layer<D> {
             head_dim,
             causal: true,
             scale: 1.0 / (head_dim as f32).sqrt(),
-            rounded: false,
+            rounding: Rounding::None,
         };
         device.cache_attention(query, cache, shape, attended)?;
         device.linear_add(attended, 1, &self.output, None, width, scratch, x)?;

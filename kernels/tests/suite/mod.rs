@@ -9,7 +9,9 @@ pub(crate) mod pictures;
 #[allow(unused_imports)] // as above
 pub(crate) use pictures::pictures;
 
-use candor_kernels::{Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Scales, Unfold};
+use candor_kernels::{
+    Activation, AttentionShape, CacheType, DType, Device, DeviceError, HostTensor, Rounding, Scales, Unfold,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -411,7 +413,17 @@ pub(crate) fn attention<D: Device>(device: &D) {
     ];
     for (batch, queries, keys, heads, key_heads, head_dim, causal) in shapes {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounded: false };
+        let shape = AttentionShape {
+            batch,
+            queries,
+            keys,
+            heads,
+            key_heads,
+            head_dim,
+            causal,
+            scale,
+            rounding: Rounding::None,
+        };
         let q = t.numbers(batch * queries * heads * head_dim);
         // Caches longer than they are filled.
         let (k, v) = (
@@ -451,7 +463,7 @@ pub(crate) fn attention<D: Device>(device: &D) {
         head_dim: 4,
         causal: true,
         scale: 0.5,
-        rounded: false,
+        rounding: Rounding::None,
     };
     let (q, k) = (t.buffer(&[0.0; 16]), t.buffer(&[0.0; 12]));
     let mut out = t.output(16);
@@ -704,7 +716,7 @@ pub(crate) fn several_at_once<D: Device>(device: &D) {
                 head_dim,
                 causal: true,
                 scale: 0.2,
-                rounded: false,
+                rounding: Rounding::None,
             };
             let (mut one, mut two) = (t.output(width[0]), t.output(width[0]));
             device.cache_attention(&q1, &cache, shape, &mut one).expect("fits");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candor_kernels::{
     Activation, Allowed, AttentionShape, CacheType, Choice, DecoderBuffers, DecoderLayer, Device, DeviceError,
-    HostTensor,
+    HostTensor, Rounding,
 };
 
 use super::adapter::{Adapter, AdapterError};
@@ -348,10 +348,14 @@ impl<D: Device> Decoder<D> {
         &self.device
     }
 
-    /// Caches are of bytes where the weights are multiplied as bytes.
+    /// Caches hold what activations are rounded to for products with the weights.
     fn cache_type(&self) -> CacheType {
-        let in_bytes = |layer: &Layer<D>| self.device.in_bytes(layer.query.linear.with(Activation::Identity).0);
-        if self.layers.first().is_some_and(in_bytes) { CacheType::I8 } else { CacheType::F32 }
+        let rounding = |layer: &Layer<D>| self.device.rounding(layer.query.linear.with(Activation::Identity).0);
+        match self.layers.first().map_or(Rounding::None, rounding) {
+            Rounding::None => CacheType::F32,
+            Rounding::Halves => CacheType::F16,
+            Rounding::Bytes => CacheType::I8,
+        }
     }
 
     /// A cache for each layer.
@@ -369,7 +373,17 @@ impl<D: Device> Decoder<D> {
     pub(super) fn attention(&self, queries: usize, keys: usize) -> AttentionShape {
         let DecoderConfig { heads, key_heads, head_dim, .. } = self.config;
         let scale = self.config.attention_scale();
-        AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal: true, scale, rounded: false }
+        AttentionShape {
+            batch: 1,
+            queries,
+            keys,
+            heads,
+            key_heads,
+            head_dim,
+            causal: true,
+            scale,
+            rounding: Rounding::None,
+        }
     }
 
     /// Buffers for `rows` positions at once.

@@ -191,6 +191,6 @@ fn attention<D: Device>(
         head_dim,
         causal: false,
         scale: 1.0 / (head_dim as f32).sqrt(),
-        rounded: device.in_bytes(layer.query.with(Activation::Identity).0),
+        rounding: device.rounding(layer.query.with(Activation::Identity).0),
     }
 }

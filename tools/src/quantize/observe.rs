@@ -10,7 +10,7 @@ use candor_kernels::cpu::gemm::{MatrixRef, Precision, gemm};
 use candor_kernels::cpu::{CpuBuffer, CpuCache, CpuDevice, CpuWeight};
 use candor_kernels::device::Result;
 use candor_kernels::pixels::Picture;
-use candor_kernels::{Activation, Allowed, AttentionShape, CacheType, Choice, Device, HostTensor, Unfold};
+use candor_kernels::{Activation, Allowed, AttentionShape, CacheType, Choice, Device, HostTensor, Rounding, Unfold};
 
 /// `Σ x · xᵀ` over the inputs of a layer, `[inputs, inputs]`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -247,8 +247,8 @@ impl Device for Observer {
     ) -> Result<()> {
         self.inner.attention(q, k, v, shape, out)
     }
-    fn in_bytes(&self, weight: &Weight) -> bool {
-        self.inner.in_bytes(&weight.weight)
+    fn rounding(&self, weight: &Weight) -> Rounding {
+        self.inner.rounding(&weight.weight)
     }
     fn cache(&self, kind: CacheType, capacity: usize, key_heads: usize, head_dim: usize) -> Result<CpuCache> {
         self.inner.cache(kind, capacity, key_heads, head_dim)
