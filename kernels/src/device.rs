@@ -38,6 +38,14 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// A GPU has no memory left.
+    #[error("{source}: {bytes} bytes were asked for")]
+    GpuOutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// [`CudaError::OutOfMemory`](crate::cuda::CudaError::OutOfMemory).
+        source: crate::cuda::CudaError,
+    },
     /// A picture that cannot be read.
     #[error("picture_patches: {0}")]
     Picture(#[from] PictureError),

@@ -235,6 +235,67 @@ fn what_is_replayed_is_what_is_done() {
     device.replay(&mut replay, || Ok(())).expect("nothing is little");
 }
 
+/// Memory that is let go of while a run is recorded is that of launches before.
+#[test]
+fn memory_goes_behind_what_is_replayed() {
+    let mut random = ChaCha8Rng::seed_from_u64(10);
+    let sizes = [(3usize, 90), (70, 200), (90, 700)];
+    let tensors = sizes.map(|(outputs, depth)| quantised(&mut random, DType::I8, outputs, depth, None));
+    let compute = |device: &CudaDevice, replayed: bool| {
+        let weights = [0, 1, 2].map(|i| device.weight(&tensors[i]).expect("a good tensor"));
+        let x: Vec<f32> = (0..20 * 700).map(|i| (i % 37) as f32 - 18.0).collect();
+        let x = suite::attention::buffer(device, &x);
+        let mut outs = sizes.map(|(outputs, _)| device.allocate(20 * outputs).expect("memory"));
+        let mut run = || {
+            // What the bytes of activations take grows with each.
+            for (weight, out) in weights.iter().zip(&mut outs) {
+                device.linear(&x, 20, weight, None, Activation::Identity, out)?;
+            }
+            let mut gone = device.allocate(90)?;
+            device.copy(&x, 0, &mut gone, 0, 60)?;
+            device.add(&mut outs[0], &gone, 60)
+        };
+        match replayed {
+            false => run().expect("good sizes"),
+            true => device.replay(&mut Default::default(), run).expect("good sizes"),
+        }
+        outs.each_ref().map(|out| read(device, out, 60))
+    };
+    let expected = compute(&stand_in::device(), false);
+    assert_eq!(compute(&stand_in::device(), true), expected);
+}
+
+/// Operations of several threads that use the same memory of the device, some of them replayed.
+#[test]
+fn threads_share_a_gpu() {
+    let device = stand_in::device();
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let weight = device.weight(&quantised(&mut random, DType::I8, 5, 300, None)).expect("a good tensor");
+    let compute = |thread: usize, replay: Option<&mut <CudaDevice as Device>::Replay>| {
+        let x: Vec<f32> = (0..300).map(|i| ((i * (thread + 2)) % 23) as f32 - 11.0).collect();
+        let (x, mut out) = (suite::attention::buffer(&device, &x), device.allocate(5).expect("memory"));
+        let mut run = || device.linear(&x, 1, &weight, None, Activation::Identity, &mut out);
+        match replay {
+            None => run().expect("good sizes"),
+            Some(replay) => device.replay(replay, run).expect("good sizes"),
+        }
+        read(&device, &out, 5)
+    };
+    let expected: Vec<_> = (0..4).map(|thread| compute(thread, None)).collect();
+    std::thread::scope(|scope| {
+        for (thread, expected) in expected.iter().enumerate() {
+            let compute = &compute;
+            scope.spawn(move || {
+                let mut replay = Default::default();
+                for turn in 0..40 {
+                    let replay = (thread % 2 == 1).then_some(&mut replay);
+                    assert_eq!(compute(thread, replay), *expected, "thread {thread}, turn {turn}");
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn a_good_gpu_passes_its_own_test() {
     stand_in::device().self_test().expect("the kernels are right");

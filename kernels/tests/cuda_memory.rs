@@ -337,7 +337,7 @@ fn out_of_memory_in_the_middle_of_loading_frees_all() {
             device.loading(20 * 400_128);
             let weights: Result<Vec<CudaWeight>, DeviceError> =
                 tensors.iter().map(|tensor| device.weight(tensor)).collect();
-            assert!(matches!(weights, Err(DeviceError::OutOfMemory { bytes: 400_000 })));
+            assert!(matches!(weights, Err(DeviceError::GpuOutOfMemory { bytes: 400_000, .. })));
             device.loaded().expect("the ring goes");
             let now = counts();
             assert_eq!((now.device, now.host, now.used), (before.device, 0, before.used));

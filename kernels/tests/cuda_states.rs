@@ -30,7 +30,7 @@ fn attempt() -> String {
     };
     let say = |result: Result<Vec<f32>, DeviceError>| match result {
         Ok(values) => format!("{values:?}"),
-        Err(DeviceError::OutOfMemory { .. }) => "no memory".to_owned(),
+        Err(DeviceError::GpuOutOfMemory { .. }) => "no memory".to_owned(),
         Err(DeviceError::Cuda { op, source }) => format!("{op}: {} | {source}", kind(&source)),
         Err(error) => format!("{error}"),
     };

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::metrics::Fallback;
 use crate::watch::GpuMemory;
 use candor_kernels::DeviceError;
 use candor_kernels::cpu::CpuDevice;
@@ -75,8 +76,8 @@ impl Chosen {
 }
 
 impl Choice {
-    /// Opens the device; the processor with `threads` threads (see [`CpuDevice::new`]). Why `auto` takes the processor goes to
-    /// the log, once.
+    /// Opens the device; the processor with `threads` threads (see [`CpuDevice::new`]). That `auto` takes the processor is
+    /// counted ([`metrics`](crate::metrics)), and why goes to the log, once.
     ///
     /// # Errors
     /// Where a GPU is asked for by its number and cannot be used.
@@ -89,12 +90,12 @@ impl Choice {
             }
             Choice::Auto => match CudaDevice::open(0) {
                 Ok(device) => Ok(Chosen::Cuda(device)),
-                Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-                    log::info!("{error}: the processor computes");
-                    Ok(cpu())
-                }
                 Err(error) => {
-                    log::warn!("{error}: the processor computes");
+                    Fallback::from(&error).count();
+                    // Who has no GPU need not hear of it each time.
+                    let usual = matches!(error, CudaError::NoDriver | CudaError::NoDevice { .. });
+                    let level = if usual { log::Level::Info } else { log::Level::Warn };
+                    log::log!(level, "{error}: the processor computes");
                     Ok(cpu())
                 }
             },

@@ -8,6 +8,7 @@ pub mod device;
 pub mod manifest;
 pub mod media;
 pub mod message;
+pub mod metrics;
 pub mod model;
 pub mod observation;
 pub mod text;

@@ -150,7 +150,7 @@ mod alone {
                 _ => None,
             };
             match of_device {
-                Some(DeviceError::OutOfMemory { .. }) => "OutOfMemory".to_owned(),
+                Some(DeviceError::GpuOutOfMemory { .. }) => "OutOfMemory".to_owned(),
                 Some(DeviceError::Cuda { source: CudaError::Kernel(_), .. }) => "Kernel".to_owned(),
                 Some(DeviceError::Cuda { source: CudaError::Lost(_), .. }) => "Lost".to_owned(),
                 _ => format!("another error: {error:?}"),

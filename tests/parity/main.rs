@@ -2,6 +2,7 @@
 //! laying a model out in folders. The goldens are made by tests/fixtures/make_parity.py.
 
 mod cuda;
+mod fallback;
 mod layout;
 mod rollouts;
 mod sessions;

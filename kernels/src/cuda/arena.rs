@@ -7,6 +7,8 @@ use cudarc::driver::{CudaStream, DeviceRepr, DriverError, result, sys};
 use std::marker::PhantomData;
 use std::sync::{Arc, Weak};
 
+use super::replay;
+
 /// The largest arena: boards that share memory with the processor refuse larger allocations long before it is used up.
 pub(super) const LARGEST: usize = 256 << 20;
 /// The smallest that is asked for where nobody said how much will come; drivers give no less anyway.
@@ -99,6 +101,21 @@ impl<T: DeviceRepr> Memory<T> {
 }
 
 impl<T> Drop for Memory<T> {
+    fn drop(&mut self) {
+        let given_back = GivenBack { pointer: self.pointer, stream: self.stream.clone() };
+        // Launches that are recorded may use it later than this.
+        replay::keep(given_back);
+    }
+}
+
+/// Memory that nobody refers to any more.
+#[derive(Debug)]
+pub(super) struct GivenBack {
+    pointer: u64,
+    stream: Arc<CudaStream>,
+}
+
+impl Drop for GivenBack {
     fn drop(&mut self) {
         if self.pointer == 0 {
             return;

@@ -97,6 +97,7 @@ pub(super) fn attention(
     let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
     match (flash_grid(device, &shape), shape.rounding) {
         (Some(grid), Rounding::Bytes) => {
+            let _sequence = device.sequence();
             let [codes, scales] = round_keys(device, k, &shape)?;
             let shape = Shape::new(device, OP, &shape)?;
             match narrow {

@@ -87,6 +87,7 @@ pub(super) fn layer(
         return Ok(false);
     }
     let argument = argument(device, layer, buffers, cache, position, blocks)?;
+    let _sequence = device.sequence();
     let mut meeting = device.inner.decoder.lock().unwrap_or_else(PoisonError::into_inner);
     let count = blocks_at_once(device, &mut meeting, dtype, shared)?;
     let arrived = address(grown(device, &mut meeting.arrived, Some(1))?, 0);
@@ -170,15 +171,17 @@ fn argument(
     })
 }
 
+/// What is replayed sets the position itself.
+pub(super) fn forget_position(device: &CudaDevice) {
+    device.inner.decoder.lock().unwrap_or_else(PoisonError::into_inner).known = None;
+}
+
 /// Where the position stands on the GPU, which becomes `position` if it is not that already.
 fn set_position(device: &CudaDevice, meeting: &mut Meeting, position: usize) -> Result<u64> {
     let to = address(grown(device, &mut meeting.position, Some(1))?, 0);
     let gpu = &device.inner.gpu;
-    // A run that is replayed sets it itself, and what it is meanwhile on the GPU is another matter.
+    // A run that is replayed sets it itself, and what it is on the GPU meanwhile is another matter.
     let set = replay::position(gpu, |set| set.replace(position)).unwrap_or_else(|| meeting.known.replace(position));
-    if replay::is_recording(gpu) {
-        meeting.known = None;
-    }
     if set != Some(position) {
         run!(device, OP, set_position, Grid::blocks([1, 1, 1], 32), to, position as i32)?;
     }

@@ -97,7 +97,7 @@ impl From<DriverError> for CudaError {
 /// An error of the driver as that of an operation that asked for `bytes`.
 pub(super) fn failed(op: &'static str, bytes: usize) -> impl FnOnce(DriverError) -> DeviceError {
     move |error| match CudaError::from(error) {
-        CudaError::OutOfMemory => DeviceError::OutOfMemory { bytes },
+        source @ CudaError::OutOfMemory => DeviceError::GpuOutOfMemory { bytes, source },
         source => DeviceError::Cuda { op, source },
     }
 }

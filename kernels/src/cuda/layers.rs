@@ -52,7 +52,7 @@ pub(crate) fn scratch_bytes(dtype: DType, rows: usize, depth: usize) -> [usize; 
     [blocks * BLOCK, scales * size_of::<f32>()].map(|bytes| rows.saturating_mul(bytes))
 }
 
-/// Addresses of memory for codes and for scales, until the next operation that needs some.
+/// Addresses of memory for codes and for scales, until the next operation that needs some: it is for a [`Sequence`](super::sequence::Sequence).
 pub(super) fn scratch(device: &CudaDevice, codes: Option<usize>, scales: Option<usize>) -> Result<[u64; 2]> {
     let mut scratch = device.inner.scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let Scratch { codes: of_codes, scales: of_scales } = &mut *scratch;
@@ -231,6 +231,7 @@ fn of_halves(
 ) -> Result<()> {
     let Some(&Layer { depth, .. }) = layers.first() else { return Ok(()) };
     let blocks = depth.div_ceil(BLOCK / 2);
+    let _sequence = device.sequence();
     let [halves, scales] = scratch(device, of_blocks(rows, blocks), Some(rows))?;
     let (x, depth) = (address(&x.data, 0), device.small(OP, "columns", depth)?);
     let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);
@@ -252,6 +253,7 @@ fn of_bytes(
     let Some(&Layer { depth, chunk, .. }) = layers.first().filter(|_| rows > 0) else { return Ok(()) };
     let blocks = depth.div_ceil(BLOCK);
     let count = rows.checked_mul(blocks).ok_or(DeviceError::OutOfMemory { bytes: usize::MAX })?;
+    let _sequence = device.sequence();
     let [codes, scales] = scratch(device, of_blocks(rows, blocks), Some(count))?;
     let (depth, words) = (device.small(OP, "columns", depth)?, i32::from(four));
     let (total, blocks) = (device.small(OP, "rows", rows)?, device.small(OP, "blocks", blocks)?);

@@ -42,6 +42,7 @@ mod residence;
 mod roof;
 mod sample;
 mod self_test;
+mod sequence;
 mod weight;
 
 pub use cache::CudaCache;
@@ -67,6 +68,7 @@ use driver::{Gpu, failed};
 use launch::{Argument, Grid, Kernels, launch};
 use layers::{Layer, Scratch};
 use residence::Residence;
+use sequence::{Sequence, Sequences};
 use weight::WeightArgument;
 
 /// Keys whose mean stands for that of all, as in the CPU's caches.
@@ -83,6 +85,7 @@ pub struct CudaDevice {
 struct Inner {
     gpu: Gpu,
     kernels: Kernels,
+    sequences: Sequences,
     frequencies: Mutex<Frequencies>,
     /// Activations as bytes.
     scratch: Mutex<Scratch>,
@@ -166,6 +169,7 @@ impl CudaDevice {
             gpu,
             kernels,
             frequencies: Mutex::default(),
+            sequences: Sequences::default(),
             scratch: Mutex::default(),
             parts: Mutex::default(),
             decoder: Mutex::default(),
@@ -245,6 +249,11 @@ impl CudaDevice {
     }
 
     /// The frequencies of rotary positions, `[head_dim / 2]`.
+    /// Launches of other threads that share memory with this one come when it is dropped.
+    fn sequence(&self) -> Sequence<'_> {
+        self.inner.sequences.take()
+    }
+
     fn frequencies(&self, head_dim: usize, theta: f32) -> Result<Arc<Memory<f32>>> {
         let mut known = self.inner.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(frequencies) = known.get(&(head_dim, theta.to_bits())) {
@@ -271,7 +280,13 @@ impl Device for CudaDevice {
     type Replay = CudaReplay;
 
     fn replay(&self, replay: &mut CudaReplay, operations: impl FnOnce() -> Result<()>) -> Result<()> {
-        replay::replay(&self.inner.gpu, replay, operations)
+        replay::replay(&self.inner.gpu, replay, operations, |position| {
+            let sequence = self.sequence();
+            if position.is_some() {
+                decoder::forget_position(self);
+            }
+            sequence
+        })
     }
 
     fn describe(&self) -> String {

@@ -4,8 +4,9 @@
 use cudarc::driver::{CudaFunction, DriverError, sys};
 use std::cell::RefCell;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::arena::GivenBack;
 use super::driver::{Gpu, failed};
 use super::launch::{Argument, Grid};
 use crate::device::{DeviceError, Result};
@@ -57,6 +58,41 @@ struct Recording {
 
 thread_local! {
     static RECORDING: RefCell<Option<Recording>> = const { RefCell::new(None) };
+}
+
+/// How many threads record, and memory that was let go of meanwhile: launches that are recorded may use it.
+static KEPT: Mutex<(usize, Vec<GivenBack>)> = Mutex::new((0, Vec::new()));
+
+/// While there is one of these, no memory goes.
+struct Keeps;
+
+impl Keeps {
+    fn new() -> Self {
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).0 += 1;
+        Keeps
+    }
+}
+
+impl Drop for Keeps {
+    fn drop(&mut self) {
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.0 -= 1;
+        let gone = if kept.0 == 0 { std::mem::take(&mut kept.1) } else { Vec::new() };
+        drop(kept);
+        // This waits for what is under way.
+        drop(gone);
+    }
+}
+
+/// Has memory go when nothing is recorded any more, or at once.
+pub(super) fn keep(memory: GivenBack) {
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if kept.0 > 0 {
+        kept.1.push(memory);
+    } else {
+        drop(kept);
+        drop(memory);
+    }
 }
 
 /// Whether this thread records launches of the GPU.
@@ -137,12 +173,19 @@ impl Drop for Ends {
     }
 }
 
-/// Records what `operations` launch, then runs it.
-pub(super) fn replay(gpu: &Gpu, replay: &mut CudaReplay, operations: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Records what `operations` launch, then runs it, for as long as there is what `begins` gives; it is told of the position that the
+/// run sets.
+pub(super) fn replay<S>(
+    gpu: &Gpu,
+    replay: &mut CudaReplay,
+    operations: impl FnOnce() -> Result<()>,
+    begins: impl FnOnce(Option<usize>) -> S,
+) -> Result<()> {
     if RECORDING.with_borrow(Option::is_some) {
         // A run within a run is a part of it.
         return operations();
     }
+    let _keeps = Keeps::new();
     let launches = std::mem::take(&mut replay.launches);
     let before = launches.len();
     RECORDING.set(Some(Recording { gpu, launches, count: 0, changed: Vec::new(), others: false, position: None }));
@@ -162,6 +205,7 @@ pub(super) fn replay(gpu: &Gpu, replay: &mut CudaReplay, operations: impl FnOnce
         return Ok(());
     }
     gpu.context.bind_to_thread().map_err(failed(OP, 0))?;
+    let _sequence = begins(recording.position);
     let run = match &mut replay.graph {
         Some(graph) if same => graph.update(&replay.launches, &recording.changed).and_then(|()| graph.run(gpu)),
         _ => Graph::new(gpu, &replay.launches).and_then(|graph| replay.graph.insert(graph).run(gpu)),

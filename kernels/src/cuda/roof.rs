@@ -15,7 +15,7 @@ const BLOCKS: usize = 2048;
 
 impl CudaDevice {
     /// Speed in GB/s (10⁹ bytes) at which a buffer of `bytes` bytes is read, which should be several times larger than
-    /// the caches. [`crate::DeviceError::OutOfMemory`] where there is no room for it.
+    /// the caches. [`crate::DeviceError::GpuOutOfMemory`] where there is no room for it.
     pub fn measure_read_bandwidth(&self, bytes: usize) -> Result<f64> {
         let data: Memory<u8> = zeros(self, "roof", Some(bytes))?;
         let out: Memory<u32> = zeros(self, "roof", Some(256 * BLOCKS))?;

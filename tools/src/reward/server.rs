@@ -228,6 +228,7 @@ async fn metrics(State(server): State<Arc<Server>>) -> String {
     ]
     .map(|(name, kind, value)| format!("# TYPE candor_reward_{name} {kind}\ncandor_reward_{name} {value}\n"))
     .concat()
+        + &candor::metrics::text()
 }
 
 impl Server {

@@ -1,19 +1,18 @@
 //! `candor watch`: says for each window of a source which emotion it shows and why.
 
 use std::io::{self, IsTerminal, stdout};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use candor::device::{Choice, Chosen, gpu_memory};
+use candor::device::Choice;
 use candor::media::{Source, SourceOptions, Windows};
 use candor::message::say;
+use candor::metrics;
 use candor::observation::Observation;
 use candor::text::{HeadRows, Sampling};
-use candor::watch::{Pictures, Plan, Policy, Report, Reuse, WatchSettings, Watcher};
-use candor::with_device;
-use candor_kernels::Device;
+use candor::watch::{AnyWatcher, Order, Policy, Report, Reuse, WatchSettings};
 use clap::Args;
 
 use crate::{folders, machine, plan, terminal};
@@ -69,6 +68,9 @@ pub(crate) struct WatchArgs {
     /// never written), or a number of rows. Fewer are faster with a large vocabulary, and can change an answer.
     #[arg(long, default_value_t = HeadRows::All, value_name = "ROWS")]
     head_rows: HeadRows,
+    /// Keep counters in this file, in Prometheus' text format (as for the node exporter's textfile collector).
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
     /// Where to compute: auto (a GPU if one can be used, else the processor), cpu, cuda or cuda:N.
     #[arg(long, default_value_t = Choice::Auto)]
     device: Choice,
@@ -84,22 +86,6 @@ pub(crate) fn run(args: WatchArgs) -> Result<()> {
     let stop = stop_on_interrupt()?;
     let folder = folders::model(args.model.clone())?;
     let verifier = plan::verifier(&folder, args.verifier.clone())?;
-    let device = args.device.open(args.threads)?;
-    let pictures = Pictures::default();
-    match &device {
-        _ if args.ignore_memory => {}
-        Chosen::Cpu(device) => {
-            Plan::new(&folder, &verifier, device.clone(), pictures)?.check(machine::memory_available())?;
-        }
-        Chosen::Cuda(device) => {
-            let plan = Plan::on_gpu(&folder, &verifier, pictures)?;
-            plan.check_with_gpu(machine::memory_available(), gpu_memory(device)?)?;
-        }
-    }
-    with_device!(device, device => run_on(device, args, &folder, &verifier, &stop))
-}
-
-fn run_on<D: Device>(device: D, args: WatchArgs, folder: &Path, verifier: &Path, stop: &Arc<AtomicBool>) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let settings = WatchSettings {
         policy: args.policy,
@@ -109,19 +95,26 @@ fn run_on<D: Device>(device: D, args: WatchArgs, folder: &Path, verifier: &Path,
         steady: args.steady,
         head_rows: args.head_rows,
     };
-    let mut watcher = Watcher::open(folder, Some(verifier), device, settings)?;
-    if let Some(adapter) = &args.adapter {
-        watcher.adapt(adapter)?;
-    }
+    let available: fn() -> Option<u64> = machine::memory_available;
+    let mut watcher = AnyWatcher::open(Order {
+        model: folder,
+        verifier,
+        adapter: args.adapter,
+        settings,
+        device: args.device,
+        threads: args.threads,
+        available: (!args.ignore_memory).then_some(available),
+    })?;
     let mut windows = watcher.windows(args.window, args.step)?;
     windows.steady = args.steady;
     let mut source = Source::open(&args.source, SourceOptions::default())?;
-    source.stop_with(Arc::clone(stop));
+    source.stop_with(Arc::clone(&stop));
     let name = source.name();
 
     let mut report = args.html.map(Report::create).transpose()?;
-    let output = Output { json: args.json, colour: terminal::colour(stdout().is_terminal()) };
-    let watched = watch(&mut watcher, &name, Windows::new(source, windows), &output, report.as_mut(), stop);
+    let output = Output { json: args.json, colour: terminal::colour(stdout().is_terminal()), metrics: args.metrics };
+    output.count()?;
+    let watched = watch(&mut watcher, &name, Windows::new(source, windows), &output, report.as_mut(), &stop);
     // The page keeps what was seen before a failure.
     let finished = report.map(Report::finish).transpose();
     watched?;
@@ -130,8 +123,8 @@ fn run_on<D: Device>(device: D, args: WatchArgs, folder: &Path, verifier: &Path,
 }
 
 /// Prints an observation for each window, until the source ends, nobody reads any more, or an interrupt came.
-fn watch<D: Device>(
-    watcher: &mut Watcher<D>,
+fn watch(
+    watcher: &mut AnyWatcher,
     source: &str,
     windows: Windows,
     output: &Output,
@@ -141,6 +134,7 @@ fn watch<D: Device>(
     for window in windows {
         let window = window?;
         let observation = watcher.observe(source, &window)?;
+        output.count()?;
         if let Some(report) = &mut report {
             report.push(&observation, &window.frames)?;
         }
@@ -167,9 +161,18 @@ fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
 struct Output {
     json: bool,
     colour: bool,
+    metrics: Option<PathBuf>,
 }
 
 impl Output {
+    /// Writes the counters, where they are wanted.
+    fn count(&self) -> Result<()> {
+        match &self.metrics {
+            Some(path) => metrics::write(path).with_context(|| path.display().to_string()),
+            None => Ok(()),
+        }
+    }
+
     /// Prints an observation; see [`say`].
     fn print(&self, observation: &Observation) -> io::Result<bool> {
         match self.json {

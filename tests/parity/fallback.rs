@@ -1,0 +1,99 @@
+//! Where `auto` took a GPU and it fails, the processor goes on with the same window. On the stand-in driver.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use candor::device::{Choice, Chosen};
+use candor::media::{Fit, Frame, Window};
+use candor::metrics::Fallback;
+use candor::watch::{AnyWatcher, AnyWatcherError, Order, WatchSettings};
+use candor_kernels::cpu::CpuDevice;
+
+use super::stand_in;
+
+fn order(device: Choice) -> Order {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+    Order {
+        model: models.join("default"),
+        verifier: models.join("default-verifier"),
+        adapter: None,
+        // The frames show no face.
+        settings: WatchSettings { fit: Some(Fit::Stretch), ..WatchSettings::default() },
+        device,
+        threads: Some(2),
+        available: None,
+    }
+}
+
+fn window(index: u64) -> Window {
+    let frame = |number: usize| {
+        let rgb = (0..40 * 30 * 3).map(|at| (at * (number + 3) + 7 * index as usize) as u8).collect();
+        Arc::new(Frame::from_rgb(rgb, 40, 30).expect("a good frame"))
+    };
+    Window {
+        index,
+        start_s: index as f64,
+        end_s: index as f64 + 1.0,
+        start_monotonic_s: 0.0,
+        end_monotonic_s: 0.0,
+        start_wall: SystemTime::UNIX_EPOCH,
+        end_wall: SystemTime::UNIX_EPOCH,
+        frame_count: 1,
+        frames: vec![frame(1)],
+    }
+}
+
+/// Two observations without their times.
+fn observe(device: Chosen, order: Order) -> Result<Vec<serde_json::Value>, AnyWatcherError> {
+    let mut watcher = AnyWatcher::open_on(device, order)?;
+    watcher.windows(None, None)?;
+    let windows = [0, 1].map(|index| watcher.observe("test", &window(index)));
+    let mut found = Vec::new();
+    for observation in windows {
+        let mut value = serde_json::to_value(observation?).expect("JSON");
+        value.as_object_mut().expect("an object").remove("times");
+        found.push(value);
+    }
+    Ok(found)
+}
+
+#[test]
+fn the_processor_goes_on() {
+    stand_in::alone("fallback::the_processor_goes_on", "", false, || {
+        let expected = observe(Chosen::Cpu(CpuDevice::new(Some(2))), order(Choice::Auto)).expect("the processor works");
+        assert_eq!(expected.len(), 2);
+        let on_gpu = || Chosen::Cuda(stand_in::device());
+        for (state, fallback) in [
+            // While the model is opened.
+            ("fail-memory=3", Fallback::Memory),
+            ("lost-at=150", Fallback::Lost),
+            // In the first window.
+            ("fail-launch=2", Fallback::Kernel),
+            ("lost-launch=4", Fallback::Lost),
+        ] {
+            let before = fallback.counted();
+            stand_in::begin(state);
+            let error = observe(on_gpu(), order(Choice::Cuda(0))).expect_err(state);
+            assert_eq!(fallback.counted(), before, "{state}: {error}");
+            stand_in::begin(state);
+            let found = observe(on_gpu(), order(Choice::Auto)).unwrap_or_else(|error| panic!("{state}: {error}"));
+            assert_eq!(found, expected, "{state}");
+            assert_eq!(fallback.counted(), before + 1, "{state}: {error}");
+            let counts = stand_in::counts();
+            assert_eq!((counts.device, counts.host, counts.registered), (0, 0, 0), "{state}: memory is left");
+        }
+        // No room, known beforehand.
+        stand_in::begin("");
+        let little = || Order { available: Some(|| Some(1 << 20)), ..order(Choice::Auto) };
+        let before = Fallback::Memory.counted();
+        let error = observe(on_gpu(), little()).expect_err("nor has the processor");
+        assert!(error.to_string().contains("MB of memory are needed and 1 MB are available"), "{error}");
+        assert_eq!(Fallback::Memory.counted(), before + 1);
+        // What is wrong with the model is wrong everywhere, and said once.
+        let wrong = Order { adapter: Some("no such folder".into()), ..order(Choice::Auto) };
+        let error = observe(on_gpu(), wrong).expect_err("there is no such folder").to_string();
+        assert!(error.contains("no such folder"), "{error}");
+        assert_eq!(Fallback::Memory.counted(), before + 1);
+    });
+}
