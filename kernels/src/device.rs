@@ -488,6 +488,11 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Turns a convolution into [`Device::linear`]: channels-last input `[t, h, w, channels]` to columns
     /// `[t', h', w', channels · kt · kh · kw]` in the order of PyTorch's convolution weights (channel first).
     fn unfold(&self, x: &Self::Buffer, unfold: Unfold, out: &mut Self::Buffer) -> Result<()>;
+    /// Whether cutting and scaling pictures is better left to [`Device::picture_patches`] than done beforehand by [`Picture::rgb`].
+    fn makes_pictures(&self) -> bool {
+        false
+    }
+
     /// Camera pixels to a vision tower's patches: the bytes that [`Picture::rgb`] defines, from -1 to 1
     /// ([`normalisation`](crate::pixels::normalisation)), in the columns that [`Device::unfold`] makes of them,
     /// `out[offset ..] = [patches, 3 · patch · patch]`. Rows and columns that no whole patch has are left out. The bytes are the

@@ -16,6 +16,7 @@ use crate::cuda::CudaCache;
 use crate::cuda::arena::ALIGNMENT;
 use crate::cuda::attention::{parts_bytes, rounded_keys};
 use crate::cuda::layers::{rounding, scratch_bytes};
+use crate::cuda::pixels::picture_bytes;
 use crate::device::{Activation, AttentionShape, CacheType, Device, DeviceError, Result, Rounding, Unfold};
 use crate::pixels::Picture;
 use crate::tensor::HostTensor;
@@ -66,6 +67,8 @@ struct Tally {
     on_gpu: usize,
     /// Activations as bytes, their scales, and parts of an attention in a GPU's memory: the most that one operation needed.
     scratch: [usize; 2],
+    /// The same of what pictures are made of.
+    pictures: usize,
     parts: usize,
     /// Panels and bytes of activations: the most that one product needed.
     panels: usize,
@@ -78,7 +81,7 @@ struct Tally {
 impl Tally {
     fn held(&self) -> Held {
         let owned = self.live + self.panels + self.quantised;
-        let gpu = self.on_gpu + self.scratch[0] + self.scratch[1] + self.parts;
+        let gpu = self.on_gpu + self.scratch[0] + self.scratch[1] + self.parts + self.pictures;
         Held { mapped: (self.touched.len() * BLOCK) as u64, owned: owned as u64, gpu: gpu as u64 }
     }
 
@@ -409,7 +412,16 @@ impl Device for PlanDevice {
         Ok(())
     }
 
-    fn picture_patches(&self, _: &Picture<'_>, _: usize, _: &mut PlanBuffer, _: usize) -> Result<()> {
+    fn makes_pictures(&self) -> bool {
+        self.gpu
+    }
+
+    fn picture_patches(&self, picture: &Picture<'_>, _: usize, _: &mut PlanBuffer, _: usize) -> Result<()> {
+        if self.gpu {
+            let mut tally = lock(&self.tally);
+            tally.pictures = tally.pictures.max(picture_bytes(picture));
+            tally.note();
+        }
         Ok(())
     }
 

@@ -36,7 +36,7 @@ pub mod images;
 mod launch;
 pub(crate) mod layers;
 pub mod ledger;
-mod pixels;
+pub(crate) mod pixels;
 mod replay;
 mod residence;
 mod roof;
@@ -771,6 +771,10 @@ impl Device for CudaDevice {
             channels: self.small(OP, "channels", unfold.channels)?,
         };
         run!(self, OP, unfold, Grid::each(len), address(&x.data, 0), argument, len, address(&out.data, 0))
+    }
+
+    fn makes_pictures(&self) -> bool {
+        true
     }
 
     fn picture_patches(&self, picture: &Picture<'_>, patch: usize, out: &mut CudaBuffer, offset: usize) -> Result<()> {

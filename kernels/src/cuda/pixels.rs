@@ -87,6 +87,15 @@ fn table(
     Ok(table)
 }
 
+/// Bytes that a picture's pixels take, and what lies between two scalings of it; at most.
+pub(crate) fn picture_bytes(picture: &Picture<'_>) -> usize {
+    let pixels = match picture.pixels.format {
+        Format::Rgb { data, .. } | Format::Rgba { data, .. } => data.len(),
+        Format::Nv12 { luma, chroma, .. } => luma.len() + chroma.len(),
+    };
+    pixels + picture.between().map_or(0, |side| 3 * side * side)
+}
+
 /// Patches of a checked picture, which `out` has room for.
 pub(super) fn patches(device: &CudaDevice, picture: &Picture<'_>, patch: usize, out: u64) -> Result<()> {
     replay::refuse(&device.inner.gpu, OP)?;

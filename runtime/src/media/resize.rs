@@ -134,9 +134,14 @@ impl Preprocess {
 
     /// The square picture that the model sees of a frame: RGB `[side, side, 3]`. `square` is the cut of `fit = "face"`.
     pub fn picture(&self, frame: &Frame, square: Option<Square>) -> Result<Vec<u8>, PreprocessError> {
+        Ok(self.of_frame(frame, square)?.rgb()?)
+    }
+
+    /// The same, to be made where it is wanted: see [`Self::of_pixels`].
+    pub fn of_frame<'a>(&self, frame: &'a Frame, square: Option<Square>) -> Result<Picture<'a>, PreprocessError> {
         self.check()?;
         frame.check()?;
-        Ok(self.of_pixels(Pixels::rgb(&frame.rgb, frame.width, frame.height), square)?.rgb()?)
+        self.of_pixels(Pixels::rgb(&frame.rgb, frame.width, frame.height), square)
     }
 
     /// The same of pixels in any format that is read, to be made where they are wanted: here by [`Picture::rgb`], or by a device

@@ -9,11 +9,15 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use candor_kernels::Device;
+use candor_kernels::pixels::Picture;
 
 use super::WatchError;
 use crate::media::face::{FaceDetector, FaceError, WindowFace, follow_largest};
 use crate::media::{FaceBox, Frame, Preprocess, Square};
 use crate::model::{Model, Rows};
+
+/// A pixel in RGB.
+const BLACK: [u8; 3] = [0; 3];
 
 /// A frame that was looked at, and the faces found in it.
 struct Searched {
@@ -27,7 +31,8 @@ struct Seen {
     /// None for the black pictures that fill a window up.
     frame: Option<Weak<Frame>>,
     square: Option<Square>,
-    picture: Arc<[u8]>,
+    /// Its bytes, where they were made before the device.
+    picture: Option<Arc<[u8]>>,
     /// Names the picture.
     key: u64,
 }
@@ -75,7 +80,7 @@ impl<D: Device> Frames<D> {
 
     /// Bytes of host memory, beside the device's.
     pub(super) fn host_bytes(&self) -> usize {
-        self.seen.iter().map(|seen| seen.picture.len()).sum()
+        self.seen.iter().filter_map(|seen| seen.picture.as_ref()).map(|picture| picture.len()).sum()
     }
 
     /// Forgets the pictures: their states are no longer where [`Frames::features`] put them.
@@ -131,7 +136,10 @@ impl<D: Device> Frames<D> {
         let mut seen: Vec<Seen> = Vec::with_capacity(wanted);
         // Where each picture's states are: a place of the last window, or one of the fresh.
         let mut from: Vec<Result<usize, usize>> = Vec::with_capacity(wanted);
-        let mut fresh: Vec<Arc<[u8]>> = Vec::new();
+        // Places of pictures that are new, and what a device makes pictures of, by place.
+        let mut fresh: Vec<usize> = Vec::new();
+        let mut to_make: Vec<Option<Picture<'_>>> = vec![None; wanted];
+        let on_device = model.device().makes_pictures();
         for place in 0..wanted {
             let (frame, square) = (frames.get(place), squares.get(place).copied());
             if let Some(old) = last.iter().position(|last| last.is(frame, square)) {
@@ -139,28 +147,43 @@ impl<D: Device> Frames<D> {
                 from.push(Ok(old));
                 continue;
             }
-            let picture: Arc<[u8]> = match frame {
-                Some(frame) => preprocess.picture(frame, square)?.into(),
-                None => vec![0; preprocess.side * preprocess.side * 3].into(),
+            let picture: Option<Arc<[u8]>> = match frame {
+                _ if on_device => None,
+                Some(frame) => Some(preprocess.picture(frame, square)?.into()),
+                None => Some(vec![0; preprocess.side * preprocess.side * 3].into()),
             };
+            if on_device {
+                to_make[place] = Some(match frame {
+                    Some(frame) => preprocess.of_frame(frame, square)?,
+                    None => Picture { side: preprocess.side, ..Picture::of_rgb(&BLACK, 1) },
+                });
+            }
             let new = |key, picture| Seen { frame: frame.map(Arc::downgrade), square, picture, key };
-            if let Some(old) = last.iter().position(|last| last.picture == picture) {
+            let like = |other: &Seen| picture.is_some() && other.picture == picture;
+            if let Some(old) = last.iter().position(like) {
                 seen.push(new(last[old].key, picture));
                 from.push(Ok(old));
-            } else if let Some(twin) = seen.iter().position(|seen| seen.picture == picture) {
+            } else if let Some(twin) =
+                (0..place).find(|&other| like(&seen[other]) || (on_device && to_make[other] == to_make[place]))
+            {
                 seen.push(new(seen[twin].key, picture));
                 from.push(from[twin]);
             } else {
                 from.push(Err(fresh.len()));
-                fresh.push(Arc::clone(&picture));
+                fresh.push(place);
                 seen.push(new(self.next_key, picture));
                 self.next_key += 1;
             }
         }
         self.pictures_time = started.elapsed();
         if !fresh.is_empty() {
-            let fresh: Vec<&[u8]> = fresh.iter().map(|picture| &**picture).collect();
-            model.vision_features_rgb(&fresh, &mut self.fresh)?;
+            let of_place = |&place: &usize| match (&to_make[place], &seen[place].picture) {
+                (Some(picture), _) => Some(*picture),
+                (None, Some(bytes)) => Some(Picture::of_rgb(bytes, preprocess.side)),
+                (None, None) => None,
+            };
+            let pictures: Vec<Picture<'_>> = fresh.iter().filter_map(of_place).collect();
+            model.vision_features_of(&pictures, &mut self.fresh)?;
         }
         let unmoved = from.iter().enumerate().all(|(place, from)| *from == Ok(place));
         if !unmoved {
