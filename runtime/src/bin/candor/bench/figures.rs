@@ -22,8 +22,10 @@ pub(super) struct Report {
     /// How fast f32 were multiplied and added.
     pub(super) compute_roof_gflop_s: f64,
     pub(super) peak_rss_mb: Option<f64>,
-    /// What it was to be, before anything was loaded; null on a GPU.
-    pub(super) planned_mb: Option<f64>,
+    /// What it was to be, before anything was loaded.
+    pub(super) planned_mb: f64,
+    /// The same of a GPU's.
+    pub(super) planned_gpu_mb: f64,
 }
 
 /// What a run of a stage makes.
@@ -177,7 +179,8 @@ mod tests {
             read_roof_gb_s: 8.0,
             compute_roof_gflop_s: 1.0,
             peak_rss_mb: None,
-            planned_mb: None,
+            planned_mb: 1.0,
+            planned_gpu_mb: 0.0,
         };
         report.hold_against_roofs();
         assert_eq!(report.stages[0].read_roof_percent, Some(25.0));

@@ -14,7 +14,7 @@ mod work;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use candor::device::Choice;
+use candor::device::{Choice, gpu_memory};
 use candor::manifest::Manifest;
 use candor::message::say;
 use candor::model::{Classifier, Model};
@@ -110,8 +110,10 @@ pub(crate) fn run(arguments: Bench) -> Result<()> {
 trait Measurable: Device {
     /// Threads, where it has some.
     fn threads(&self) -> Option<usize>;
-    /// What the stages will take of the processor's memory, where that can be said.
-    fn plan(&self, arguments: &Bench, folder: &Path, verifier: Option<&Path>) -> Result<Option<Plan>>;
+    /// The device on paper, to plan memory with.
+    fn on_paper(&self) -> PlanDevice;
+    /// Whether there is memory for what is planned.
+    fn check(&self, plan: &Plan) -> Result<()>;
     /// GB/s and GFLOP/s.
     fn roofs(&self) -> Result<(f64, f64)>;
 }
@@ -121,8 +123,12 @@ impl Measurable for CpuDevice {
         Some(self.pool().threads())
     }
 
-    fn plan(&self, arguments: &Bench, folder: &Path, verifier: Option<&Path>) -> Result<Option<Plan>> {
-        arguments.plan(folder, verifier, self).map(Some)
+    fn on_paper(&self) -> PlanDevice {
+        PlanDevice::new(self.clone())
+    }
+
+    fn check(&self, plan: &Plan) -> Result<()> {
+        Ok(plan.check(machine::memory_available())?)
     }
 
     fn roofs(&self) -> Result<(f64, f64)> {
@@ -135,8 +141,12 @@ impl Measurable for CudaDevice {
         None
     }
 
-    fn plan(&self, _: &Bench, _: &Path, _: Option<&Path>) -> Result<Option<Plan>> {
-        Ok(None)
+    fn on_paper(&self) -> PlanDevice {
+        PlanDevice::of_gpu(CpuDevice::new(Some(1)))
+    }
+
+    fn check(&self, plan: &Plan) -> Result<()> {
+        Ok(plan.check_with_gpu(machine::memory_available(), gpu_memory(self)?)?)
     }
 
     fn roofs(&self) -> Result<(f64, f64)> {
@@ -156,17 +166,18 @@ fn measure_on<D: Measurable>(device: &D, arguments: &Bench) -> Result<Report> {
 
     let verifier = arguments.verifier.clone().or_else(|| manifest.verifier_folder());
     let verifier = verifier.filter(|_| arguments.needs_verifier());
-    let plan = device.plan(arguments, &folder, verifier.as_deref())?;
-    if let (Some(plan), false) = (&plan, arguments.ignore_memory) {
-        plan.check(machine::memory_available())?;
+    let plan = arguments.plan(&folder, verifier.as_deref(), device.on_paper())?;
+    if !arguments.ignore_memory {
+        device.check(&plan)?;
     }
 
     let mut opening = Times::default();
-    let mut model = opening.time(|| Model::open(&folder, device.clone()))?;
     // Where one stage alone is asked for, the time to open the model is no matter.
     for _ in 1..if arguments.stages.is_empty() { repeat } else { 1 } {
-        model = opening.time(|| Model::open(&folder, device.clone()))?;
+        // It goes before the next one comes: a GPU need not have room for two.
+        opening.time(|| Model::open(&folder, device.clone()))?;
     }
+    let mut model = opening.time(|| Model::open(&folder, device.clone()))?;
     let mut verifier = match &verifier {
         Some(folder) => Some(SentenceReader::new(folder, Classifier::open(folder, device.clone())?)?),
         None => None,
@@ -191,7 +202,8 @@ fn measure_on<D: Measurable>(device: &D, arguments: &Bench) -> Result<Report> {
         read_roof_gb_s,
         compute_roof_gflop_s,
         peak_rss_mb,
-        planned_mb: plan.map(|plan| plan.total() as f64 / 1e6),
+        planned_mb: plan.total() as f64 / 1e6,
+        planned_gpu_mb: plan.held().gpu as f64 / 1e6,
     };
     report.hold_against_roofs();
     Ok(report)
@@ -203,8 +215,7 @@ impl Bench {
     }
 
     /// What the stages take of memory: each is run once on paper.
-    fn plan(&self, folder: &Path, verifier: Option<&Path>, device: &CpuDevice) -> Result<Plan> {
-        let device = PlanDevice::new(device.clone());
+    fn plan(&self, folder: &Path, verifier: Option<&Path>, device: PlanDevice) -> Result<Plan> {
         let mut model = Model::open_headers(folder, device.clone())?;
         let mut verifier = match verifier {
             Some(folder) => Some(SentenceReader::new(folder, Classifier::open_headers(folder, device.clone())?)?),

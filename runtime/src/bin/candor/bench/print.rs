@@ -16,7 +16,11 @@ pub(super) fn print(report: &Report) -> io::Result<()> {
         report.read_roof_gb_s, report.compute_roof_gflop_s
     ))?;
     if let Some(peak) = report.peak_rss_mb {
-        let planned = report.planned_mb.map_or(String::new(), |planned| format!(", {planned:.1} MB planned"));
+        let on_gpu = match report.planned_gpu_mb {
+            0.0 => String::new(),
+            planned => format!(", {planned:.1} MB of the GPU's memory planned"),
+        };
+        let planned = format!(", {:.1} MB planned{on_gpu}", report.planned_mb);
         say(format_args!("  peak memory {peak:.1} MB resident{planned}"))?;
     }
     Ok(())
