@@ -17,6 +17,7 @@ mod decoder;
 mod elementwise;
 mod layers;
 mod machine;
+mod mel;
 mod pictures;
 mod roof;
 mod rows;
@@ -61,6 +62,7 @@ tests! {
     layers::floats: float_matvec_1 float_matvec_8 float_matmul;
     layers::halves: to_half matmul_f16;
     layers::definition: linear;
+    mel::log_mel: power log_mel_most log_mel;
     pictures::patches: picture_patches;
     roof::roofs: read_all multiply_all;
     rows::norms: layer_norm rms_norm;
