@@ -5,6 +5,7 @@ mod cuda;
 mod layout;
 mod rollouts;
 mod sessions;
+mod sound;
 #[path = "../../kernels/tests/stand_in/mod.rs"]
 mod stand_in;
 mod weights;

@@ -134,6 +134,7 @@ const IN_OTHERS: &[Planted] = &[
         "        }\n        for (int at",
     ),
     (pictures::patches, "pixels", 72, "(x % 2 ? 2 : 4)", "4"),
+    (mel::log_mel, "mel", 87, "parts[blockIdx.x] = most", "parts[0] = most"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
     (sample::most, "sample", 72, "state->broken = 0;\n    state->done = 0;", "state->broken = 0;"),
     (sample::most, "sample", 87, "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
