@@ -540,6 +540,13 @@ pub trait Device: Clone + Send + Sync + 'static {
     ) -> Result<()>;
     /// `out[i] = Σ_j weights[j] · parts[j][i]` for the first `len` elements.
     fn weighted_sum(&self, parts: &[&Self::Buffer], weights: &[f32], len: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// Squared sizes of complex numbers, real parts before imaginary parts: `out[r, i] = x[r, 0, i]² + x[r, 1, i]²` for x
+    /// `[rows, 2, width]` and out `[rows, width]`.
+    fn power(&self, x: &Self::Buffer, rows: usize, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// The first `len` elements, powers of mel bands, on Whisper's scale (Radford et al. 2022): `l = log10(max(x, 10⁻¹⁰))`, then
+    /// `x = (max(l, most - 8) + 4) / 4` where `most` is the largest `l` of all. What is no number stays none, and does not count as
+    /// the largest.
+    fn log_mel(&self, x: &mut Self::Buffer, len: usize) -> Result<()>;
 
     /// Chooses one of the allowed tokens by their logits `[vocabulary]`, as [`crate::choice::choose`] has it: `forbidden`
     /// tokens are not chosen even where they are allowed. Waits for the token, and copies no more than that.

@@ -29,7 +29,7 @@ macro_rules! on_every_level {
 
 on_every_level! {
     buffers embed linear norms activations elementwise positions softmax_rows rope attention unfold depthwise groups
-    bilinear several_at_once pictures
+    bilinear log_mel several_at_once pictures
 }
 
 macro_rules! choices {

@@ -24,7 +24,7 @@ macro_rules! on_the_gpu {
 
 on_the_gpu! {
     buffers embed linear norms activations elementwise positions softmax_rows rope attention unfold depthwise groups
-    bilinear several_at_once pictures
+    bilinear log_mel several_at_once pictures
 }
 
 #[test]

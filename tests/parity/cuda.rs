@@ -35,6 +35,13 @@ fn a_session_chooses_what_its_logits_say() {
     super::sessions::check_choices_on(stand_in::device());
 }
 
+#[test]
+fn sound() {
+    super::sound::check_goldens_on(&stand_in::device());
+    super::sound::check_goldens_on(&stand_in::device().exact());
+    super::sound::check_model_on(&stand_in::device());
+}
+
 /// What is kept from window to window.
 struct Kept<D: Device> {
     features: Rows<D>,

@@ -6,6 +6,7 @@ mod fallback;
 mod layout;
 mod rollouts;
 mod sessions;
+mod sound;
 #[path = "../../kernels/tests/stand_in/mod.rs"]
 mod stand_in;
 mod weights;

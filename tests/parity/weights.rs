@@ -142,7 +142,7 @@ fn numbers(value: &Value) -> Vec<i64> {
 }
 
 /// Beside the sources; or where scripts/gpu-check.sh has put them, on a machine without.
-fn fixtures() -> PathBuf {
+pub(crate) fn fixtures() -> PathBuf {
     let packed = std::env::var_os("CANDOR_TEST_FIXTURES").map(PathBuf::from);
     packed.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity"))
 }

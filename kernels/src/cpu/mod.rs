@@ -11,6 +11,7 @@ mod elementwise;
 pub mod gemm;
 mod linear;
 mod math;
+mod mel;
 mod norm;
 mod plan;
 pub mod pool;
@@ -509,6 +510,19 @@ impl Device for CpuDevice {
         }
         check::at_least("weighted_sum", "out", out.0.len(), &[len])?;
         elementwise::weighted_sum(self.level, &self.pool, parts, weights, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn power(&self, x: &CpuBuffer, rows: usize, width: usize, out: &mut CpuBuffer) -> Result<()> {
+        let x_len = check::at_least("power", "x", x.0.len(), &[rows, 2, width])?;
+        let len = check::at_least("power", "out", out.0.len(), &[rows, width])?;
+        mel::power(&self.pool, &x.0[..x_len], width, &mut out.0[..len]);
+        Ok(())
+    }
+
+    fn log_mel(&self, x: &mut CpuBuffer, len: usize) -> Result<()> {
+        check::at_least("log_mel", "x", x.0.len(), &[len])?;
+        mel::log_mel(&self.pool, &mut x.0[..len]);
         Ok(())
     }
 

@@ -461,6 +461,14 @@ impl Device for PlanDevice {
         Ok(())
     }
 
+    fn power(&self, _: &PlanBuffer, _: usize, _: usize, _: &mut PlanBuffer) -> Result<()> {
+        Ok(())
+    }
+
+    fn log_mel(&self, _: &mut PlanBuffer, _: usize) -> Result<()> {
+        Ok(())
+    }
+
     fn choose(&self, _: &PlanBuffer, _: usize, allowed: Allowed<'_>, forbidden: &[u32], _: Choice) -> Result<u32> {
         choice::any(allowed, forbidden)
     }

@@ -45,6 +45,7 @@ kernels! {
     linear: linear;
     matmul: matmul_i4 matmul_i8;
     matvec: matvec_i4_1 matvec_i4_8 matvec_i8_1 matvec_i8_8;
+    mel: power log_mel_most log_mel;
     norm: layer_norm rms_norm softmax;
     pixels: picture_patches;
     position: rope;

@@ -642,6 +642,17 @@ impl Device for LedgerDevice {
         Ok(())
     }
 
+    fn power(&self, _: &LedgerBuffer, rows: usize, width: usize, _: &mut LedgerBuffer) -> Result<()> {
+        self.elementwise("power", rows * width, 3);
+        Ok(())
+    }
+
+    fn log_mel(&self, _: &mut LedgerBuffer, len: usize) -> Result<()> {
+        self.elementwise("log_mel_most", len, 1);
+        self.elementwise("log_mel", len, 2);
+        Ok(())
+    }
+
     fn choose(
         &self,
         _: &LedgerBuffer,

@@ -36,6 +36,7 @@ pub mod images;
 mod launch;
 pub(crate) mod layers;
 pub mod ledger;
+mod mel;
 pub(crate) mod pixels;
 mod replay;
 mod residence;
@@ -93,6 +94,7 @@ struct Inner {
     decoder: Mutex<decoder::Meeting>,
     pictures: Mutex<pixels::Kept>,
     choosing: Mutex<sample::Choosing>,
+    mel: Mutex<mel::Parts>,
     weights: Mutex<Residence>,
 }
 
@@ -175,6 +177,7 @@ impl CudaDevice {
             decoder: Mutex::default(),
             pictures: Mutex::default(),
             choosing: Mutex::default(),
+            mel: Mutex::default(),
             weights: Mutex::default(),
         };
         Ok(CudaDevice { inner: Arc::new(inner), exact: false })
@@ -877,6 +880,19 @@ impl Device for CudaDevice {
             add_to = 1;
         }
         Ok(())
+    }
+
+    fn power(&self, x: &CudaBuffer, rows: usize, width: usize, out: &mut CudaBuffer) -> Result<()> {
+        const OP: &str = "power";
+        check::at_least(OP, "x", x.len, &[rows, 2, width])?;
+        let len = check::at_least(OP, "out", out.len, &[rows, width])?;
+        let (x, out, width) = (address(&x.data, 0), address(&out.data, 0), self.small(OP, "columns", width)?);
+        run!(self, OP, power, Grid::each(len), x, len, width, out)
+    }
+
+    fn log_mel(&self, x: &mut CudaBuffer, len: usize) -> Result<()> {
+        check::at_least("log_mel", "x", x.len, &[len])?;
+        mel::log_mel(self, address(&x.data, 0), len)
     }
 
     fn choose(

@@ -245,6 +245,9 @@ fn elementwise<D: Device>(
     device.multiply(&mut out, &x, len)?;
     device.add_positions(&mut out, rows, &weight, 0)?;
     keep("sums and products", &out)?;
+    device.power(&x, 1, len / 2, &mut out)?;
+    device.log_mel(&mut out, len)?;
+    keep("log-mel features", &out)?;
     for activation in Activation::ALL {
         let mut out = buffer(len, 4)?;
         device.activate(activation, &mut out, len)?;

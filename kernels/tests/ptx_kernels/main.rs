@@ -17,6 +17,7 @@ mod decoder;
 mod elementwise;
 mod layers;
 mod machine;
+mod mel;
 mod pictures;
 mod roof;
 mod rows;
@@ -62,6 +63,7 @@ tests! {
     layers::floats: float_matvec_1 float_matvec_8 float_matmul;
     layers::halves: to_half matmul_f16;
     layers::definition: linear;
+    mel::log_mel: power log_mel_most log_mel;
     pictures::patches: picture_patches;
     roof::roofs: read_all multiply_all;
     rows::norms: layer_norm rms_norm;
@@ -141,6 +143,7 @@ const IN_OTHERS: &[Planted] = &[
         "        }\n        for (int at",
     ),
     (pictures::patches, "pixels", 72, "(x % 2 ? 2 : 4)", "4"),
+    (mel::log_mel, "mel", 87, "parts[blockIdx.x] = most", "parts[0] = most"),
     (cache::rope_write, "cache", 87, "turn.first + row, turn", "turn.first, turn"),
     (sample::most, "sample", 72, "state->broken = 0;\n    state->done = 0;", "state->broken = 0;"),
     (sample::most, "sample", 87, "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),

@@ -659,6 +659,45 @@ pub(crate) fn bilinear<D: Device>(device: &D) {
     assert!(device.bilinear(&x, 1, (2, 2), (4, 4), 1, &mut out).is_err());
 }
 
+pub(crate) fn log_mel<D: Device>(device: &D) {
+    let mut t = test(device);
+    for (rows, width) in [(0, 3), (3, 0), (1, 1), (3, 7), (40, 201), (300, 402)] {
+        let x = t.numbers(rows * 2 * width);
+        let mut out = t.output(rows * width);
+        device.power(&t.buffer(&x), rows, width, &mut out).expect("fits");
+        let size = |row: &[f64]| (0..width).map(|i| row[i].powi(2) + row[width + i].powi(2)).collect::<Vec<_>>();
+        let expected: Vec<f64> = wide(&x).chunks_exact(2 * width.max(1)).flat_map(size).collect();
+        t.check_output(&format!("power {rows}x{width}"), &out, &expected);
+
+        // Over many orders of ten, and nothing at all.
+        for orders in [1.0, 6.0, -20.0] {
+            let power = |v: f32| 10f32.powf(v * orders as f32).min(1e30) * if v == 0.0 { 0.0 } else { 1.0 };
+            let x: Vec<f32> = t.numbers(rows * width).into_iter().map(power).collect();
+            device.write(&x, &mut out, 0).expect("fits");
+            device.log_mel(&mut out, x.len()).expect("fits");
+            let decades: Vec<f64> = wide(&x).iter().map(|x| x.max(1e-10).log10()).collect();
+            let most = decades.iter().copied().fold(-10.0, f64::max);
+            let expected: Vec<f64> = decades.iter().map(|value| (value.max(most - 8.0) + 4.0) / 4.0).collect();
+            t.check_output(&format!("log_mel of {rows}x{width}, {orders}"), &out, &expected);
+        }
+    }
+    let mut out = t.buffer(&[0.0; 4]);
+    device.log_mel(&mut out, 4).expect("fits");
+    t.check("log_mel of silence", &out, &[-1.5; 4]);
+    device.write(&[f32::NAN, 100.0, -1.0, -f32::NAN], &mut out, 0).expect("fits");
+    device.log_mel(&mut out, 4).expect("fits");
+    let mut values = [0.0; 4];
+    device.read(&out, 0, &mut values).expect("long enough");
+    assert!(values[0].is_nan() && values[3].is_nan(), "log_mel hides NaN");
+    assert_eq!(values[1..3], [1.5, -0.5]);
+    assert!(device.log_mel(&mut out, 10).is_err());
+    let x = t.buffer(&[0.0; 12]);
+    assert!(device.power(&x, 1, 6, &mut t.output(6)).is_ok());
+    assert!(device.power(&x, 1, 9, &mut t.output(9)).is_err());
+    assert!(device.power(&x, 2, 4, &mut t.buffer(&[])).is_err());
+    assert!(device.power(&x, usize::MAX, 2, &mut out).is_err());
+}
+
 /// Operations that are several others at once, against those.
 pub(crate) fn several_at_once<D: Device>(device: &D) {
     let mut t = test(device);

@@ -1,10 +1,11 @@
-//! The Whisper encoder and its projector: log-mel features to audio tokens.
+//! The Whisper encoder and its projector: sound or its log-mel features to audio tokens.
 
 use candor_kernels::{Activation, Device, Unfold};
 
 use super::config::AudioConfig;
 use super::encoder::{Encoder, EncoderShape, Names, NormOrder};
 use super::layers::{Bias, LayerNorm, Linear, Loader};
+use super::mel::LogMel;
 use super::rows::{allocate, grow};
 use super::{ModelError, Rows};
 
@@ -39,6 +40,9 @@ pub struct AudioTower<D: Device> {
     projector: [Linear<D>; 2],
     width_out: usize,
     host: Vec<f32>,
+    /// There from the first samples on.
+    log_mel: Option<LogMel<D>>,
+    /// Log-mel features `[2 · positions, mels]`.
     mel: D::Buffer,
     columns: D::Buffer,
     convolved: D::Buffer,
@@ -79,6 +83,7 @@ impl<D: Device> AudioTower<D> {
             ],
             width_out,
             host: Vec::new(),
+            log_mel: None,
             mel: none()?,
             columns: none()?,
             convolved: none()?,
@@ -89,7 +94,7 @@ impl<D: Device> AudioTower<D> {
 
     /// Log-mel features `[mels, 2 · positions]` → states `[positions, width]`.
     pub(super) fn states(&mut self, device: &D, mel: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
-        let AudioConfig { width, mels, positions, activation, .. } = self.config;
+        let AudioConfig { mels, positions, .. } = self.config;
         let columns = STRIDE * positions;
         if mel.len() != mels * columns {
             let reason = format!("{} values, [{mels}, {columns}] are needed", mel.len());
@@ -97,13 +102,44 @@ impl<D: Device> AudioTower<D> {
         }
         self.host.clear();
         self.host.extend((0..columns).flat_map(|t| (0..mels).map(move |m| mel[m * columns + t])));
+        grow(device, &mut self.mel, &[columns, mels])?;
+        device.write(&self.host, &mut self.mel, 0)?;
+        self.encode(device, out)
+    }
+
+    /// 16 kHz samples of any length → states `[positions, width]`.
+    pub(super) fn states_of(&mut self, device: &D, samples: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.listen(device, samples)?;
+        self.encode(device, out)
+    }
+
+    /// 16 kHz samples of any length → log-mel features `[mels, 2 · positions]`.
+    pub(super) fn log_mel(&mut self, device: &D, samples: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let AudioConfig { mels, positions, .. } = self.config;
+        self.listen(device, samples)?;
+        let mut by_column = vec![0.0; STRIDE * positions * mels];
+        device.read(&self.mel, 0, &mut by_column)?;
+        Ok((0..mels).flat_map(|m| by_column.iter().skip(m).step_by(mels).copied()).collect())
+    }
+
+    /// Samples → log-mel features, which stay on the device.
+    fn listen(&mut self, device: &D, samples: &[f32]) -> Result<(), ModelError> {
+        let log_mel = match &mut self.log_mel {
+            Some(log_mel) => log_mel,
+            none => none.insert(LogMel::new(device, self.config.mels, STRIDE * self.config.positions)?),
+        };
+        log_mel.compute(device, samples, [&mut self.columns, &mut self.convolved], &mut self.mel)
+    }
+
+    /// Log-mel features on the device → states.
+    fn encode(&mut self, device: &D, out: &mut Rows<D>) -> Result<(), ModelError> {
+        let AudioConfig { width, mels, positions, activation, .. } = self.config;
+        let columns = STRIDE * positions;
         let first = unfold(columns, mels, 1);
         let second = unfold(columns, width, STRIDE);
-        grow(device, &mut self.mel, &[columns, mels])?;
         grow(device, &mut self.columns, &[columns, first.column().max(second.column())])?;
         grow(device, &mut self.convolved, &[columns, width])?;
         out.resize(device, positions, width)?;
-        device.write(&self.host, &mut self.mel, 0)?;
         device.unfold(&self.mel, first, &mut self.columns)?;
         self.conv1.forward(device, &self.columns, columns, activation, &mut self.convolved)?;
         device.unfold(&self.convolved, second, &mut self.columns)?;

@@ -1,7 +1,7 @@
 //! The model family: towers, projectors, gate and decoder, written once over [`candor_kernels::Device`].
 //!
 //! [`Model::open`] builds everything from a folder. Pixels go through [`vision`] and [`projector`] (mixed by the
-//! [`gate`]) to video tokens, sound through [`audio`] to audio tokens, and both with the prompt's text into a
+//! [`gate`]) to video tokens, sound through [`mel`] and [`audio`] to audio tokens, and both with the prompt's text into a
 //! [`decoder`] session that generation drives as a [`LanguageModel`]. [`Classifier`] is the verifier's network.
 
 pub mod adapter;
@@ -20,6 +20,7 @@ mod held;
 mod kept;
 pub mod language_model;
 mod layers;
+pub mod mel;
 #[allow(clippy::module_inception)] // the model itself, beside its parts
 mod model;
 pub mod projector;

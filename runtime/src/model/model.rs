@@ -224,6 +224,20 @@ impl<D: Device> Model<D> {
         self.audio.as_mut().ok_or_else(no_audio)?.states(&self.device, mel, out)
     }
 
+    /// Mono samples from -1 to 1, 16 000 a second → as [`Self::audio_states`]. They are followed by silence or cut to `320 ·
+    /// positions` (30 s of Whisper's 1500), and their log-mel features stay on the device.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] for no samples, one that is no number, and one far from -1 to 1.
+    pub fn audio_states_of(&mut self, samples: &[f32], out: &mut Rows<D>) -> Result<(), ModelError> {
+        self.audio.as_mut().ok_or_else(no_audio)?.states_of(&self.device, samples, out)
+    }
+
+    /// The log-mel features of samples, `[mels, 2 · positions]`, as [`Self::audio_states_of`] makes them.
+    pub fn log_mel(&mut self, samples: &[f32]) -> Result<Vec<f32>, ModelError> {
+        self.audio.as_mut().ok_or_else(no_audio)?.log_mel(&self.device, samples)
+    }
+
     /// Audio states → audio tokens `[positions / 3, decoder width]`.
     pub fn audio_tokens(&mut self, states: &Rows<D>, out: &mut Rows<D>) -> Result<(), ModelError> {
         self.audio.as_mut().ok_or_else(no_audio)?.project(&self.device, states, out)

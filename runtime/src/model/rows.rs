@@ -100,7 +100,8 @@ pub(super) fn allocate<D: Device>(device: &D, sizes: &[usize]) -> Result<D::Buff
     Ok(device.allocate(elements(sizes)?)?)
 }
 
-fn elements(sizes: &[usize]) -> Result<usize, ModelError> {
+/// The product of `sizes`, if so many elements can be addressed.
+pub(super) fn elements(sizes: &[usize]) -> Result<usize, ModelError> {
     sizes
         .iter()
         .try_fold(1_usize, |n, &s| n.checked_mul(s))

@@ -42,12 +42,13 @@ impl Output {
     }
 }
 
-/// Runs a model on `in.pixel_values` `[frames, 3, side, side]`, `in.mel` `[mels, 2 · positions]`, `in.bert_ids` `[n]` and
-/// `in.prompt_ids` `[n]` (−201 for the video, −202 for the audio tokens). A stage whose inputs are absent is left out;
+/// Runs a model on `in.pixel_values` `[frames, 3, side, side]`, `in.samples` `[n]` (16 kHz) or `in.mel` `[mels, 2 · positions]`,
+/// `in.bert_ids` `[n]` and `in.prompt_ids` `[n]` (−201 for the video, −202 for the audio tokens). A stage whose inputs are absent is left out;
 /// a prompt that names tokens which could not be computed is an error. Then `new_tokens` tokens are generated greedily.
 ///
 /// Gives `out.vision` `[frames, patches, vision width]`, `out.video`, `out.body`, `out.face`, `out.video_tokens` and
-/// `out.audio_tokens` `[tokens, decoder width]`, `out.gate` `[3]`, `out.audio_tower` `[positions, audio width]`,
+/// `out.audio_tokens` `[tokens, decoder width]`, `out.gate` `[3]`, `out.mel` `[mels, 2 · positions]` of samples, `out.audio_tower`
+/// `[positions, audio width]`,
 /// `out.inputs_embeds` `[positions, decoder width]`, `out.logits` `[positions, vocabulary]`, `out.generated` `[k]`.
 pub fn trace_model<D: Device>(
     model: &mut Model<D>,
@@ -88,15 +89,8 @@ pub fn trace_model<D: Device>(
         outputs.push(real("out.gate", &[gate.len()], gate.to_vec()));
     }
     let mut audio_tokens = None;
-    if let Some((shape, mel)) = floats(inputs, "in.mel")? {
-        if let Some(audio) = &model.config().audio
-            && shape != [audio.mels, 2 * audio.positions]
-        {
-            let reason = format!("shape {shape:?}, [{}, {}] is needed", audio.mels, 2 * audio.positions);
-            return Err(ModelError::input("in.mel", reason));
-        }
-        let (mut states, mut tokens) = (model.rows()?, model.rows()?);
-        model.audio_states(&mel, &mut states)?;
+    if let Some(states) = trace_sound(model, inputs, &mut outputs)? {
+        let mut tokens = model.rows()?;
         outputs.push(rows("out.audio_tower", &device, &states)?);
         model.audio_tokens(&states, &mut tokens)?;
         outputs.push(rows("out.audio_tokens", &device, &tokens)?);
@@ -118,6 +112,37 @@ pub fn trace_classifier<D: Device>(
     let ids = ids(inputs, "in.ids")?.ok_or_else(|| ModelError::input("in.ids", "it is missing"))?;
     let logits = classifier.logits(&unsigned("in.ids", &ids)?)?.to_vec();
     Ok(vec![real("out.logits", &[logits.len()], logits)])
+}
+
+/// The states of the sound that is given as samples or as log-mel features, if it is.
+fn trace_sound<D: Device>(
+    model: &mut Model<D>,
+    inputs: &Checkpoint,
+    outputs: &mut Vec<Output>,
+) -> Result<Option<Rows<D>>, ModelError> {
+    let mut states = model.rows()?;
+    let needed = model.config().audio.as_ref().map(|audio| [audio.mels, 2 * audio.positions]);
+    match (floats(inputs, "in.samples")?, floats(inputs, "in.mel")?) {
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => return Err(ModelError::input("in.samples", "in.mel is there too: give one of them")),
+        (Some((shape, samples)), None) => {
+            if shape.len() != 1 {
+                return Err(ModelError::input("in.samples", format!("shape {shape:?}, [n] is needed")));
+            }
+            let mel = model.log_mel(&samples)?;
+            outputs.push(real("out.mel", &needed.unwrap_or_default(), mel));
+            model.audio_states_of(&samples, &mut states)?;
+        }
+        (None, Some((shape, mel))) => {
+            if let Some(needed) = needed
+                && shape != needed
+            {
+                return Err(ModelError::input("in.mel", format!("shape {shape:?}, {needed:?} is needed")));
+            }
+            model.audio_states(&mel, &mut states)?;
+        }
+    }
+    Ok(Some(states))
 }
 
 fn trace_decoder<D: Device>(
@@ -184,7 +209,7 @@ impl Prompt {
             .map(|part| match part {
                 Part::Text(ids) => Ok(Piece::Tokens(ids)),
                 Part::Video => media(video, "it names the video; in.pixel_values and in.bert_ids are needed"),
-                Part::Audio => media(audio, "it names the audio; in.mel is needed"),
+                Part::Audio => media(audio, "it names the audio; in.samples or in.mel is needed"),
             })
             .collect()
     }

@@ -311,4 +311,10 @@ impl Device for Observer {
     fn weighted_sum(&self, parts: &[&CpuBuffer], weights: &[f32], len: usize, out: &mut CpuBuffer) -> Result<()> {
         self.inner.weighted_sum(parts, weights, len, out)
     }
+    fn power(&self, x: &CpuBuffer, rows: usize, width: usize, out: &mut CpuBuffer) -> Result<()> {
+        self.inner.power(x, rows, width, out)
+    }
+    fn log_mel(&self, x: &mut CpuBuffer, len: usize) -> Result<()> {
+        self.inner.log_mel(x, len)
+    }
 }

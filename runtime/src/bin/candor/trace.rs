@@ -17,7 +17,7 @@ use crate::memory;
 
 /// Run the stages of a model on given tensors and write what each gives (for porting and bug reports).
 ///
-/// The input holds any of in.pixel_values, in.mel, in.bert_ids and in.prompt_ids; stages without input are left out.
+/// The input holds any of in.pixel_values, in.samples or in.mel, in.bert_ids and in.prompt_ids; stages without input are left out.
 #[derive(Args)]
 pub(crate) struct Trace {
     /// Model folder.
