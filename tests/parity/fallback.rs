@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use candor::device::{Choice, Chosen};
 use candor::media::{Fit, Frame, Window};
 use candor::metrics::Fallback;
-use candor::watch::{AnyWatcher, AnyWatcherError, Order, WatchSettings};
+use candor::watch::{AnyWatcher, Order, WatchSettings};
 use candor_kernels::cpu::CpuDevice;
 
 use super::stand_in;
@@ -45,13 +45,12 @@ fn window(index: u64) -> Window {
 }
 
 /// Two observations without their times.
-fn observe(device: Chosen, order: Order) -> Result<Vec<serde_json::Value>, AnyWatcherError> {
+fn observe(device: Chosen, order: Order) -> anyhow::Result<Vec<serde_json::Value>> {
     let mut watcher = AnyWatcher::open_on(device, order)?;
     watcher.windows(None, None)?;
-    let windows = [0, 1].map(|index| watcher.observe("test", &window(index)));
     let mut found = Vec::new();
-    for observation in windows {
-        let mut value = serde_json::to_value(observation?).expect("JSON");
+    for index in [0, 1] {
+        let mut value = serde_json::to_value(watcher.observe("test", &window(index))?)?;
         value.as_object_mut().expect("an object").remove("times");
         found.push(value);
     }
