@@ -274,8 +274,8 @@ __device__ __forceinline__ void flash(const float*, const K*, const V*, const fl
 
 #endif
 
-// For heads of up to WIDTH dimensions; a multiprocessor should hold BLOCKS at once.
-#define FLASH(WIDTH, BLOCKS)                                                                                           \
+// For heads of up to WIDTH dimensions; a multiprocessor should hold BLOCKS at once. Over buffers:
+#define FLASH_BUFFERS(WIDTH, BLOCKS)                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f32_##WIDTH(                                   \
         const float* q, const float* k, const float* v, Shape shape, Strides strides, float* out) {                    \
         flash<WIDTH>(q, k, v, nullptr, nullptr, 0, shape, strides, out);                                               \
@@ -286,7 +286,10 @@ __device__ __forceinline__ void flash(const float*, const K*, const V*, const fl
                               Shape shape, Strides strides, float* out) {                                              \
         flash<WIDTH>(q, k, v, k_scales, nullptr, shape.keys, shape, strides, out);                                     \
     }                                                                                                                  \
-    EXPORT(flash_keys_i8_##WIDTH)                                                                                      \
+    EXPORT(flash_keys_i8_##WIDTH)
+
+// Over caches:
+#define FLASH_CACHES(WIDTH, BLOCKS)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_f16_##WIDTH(                                   \
         const float* q, const __half* k, const __half* v, Shape shape, Strides strides, float* out) {                  \
         flash<WIDTH>(q, k, v, nullptr, nullptr, 0, shape, strides, out);                                               \
@@ -299,5 +302,8 @@ __device__ __forceinline__ void flash(const float*, const K*, const V*, const fl
     }                                                                                                                  \
     EXPORT(flash_i8_##WIDTH)
 
-FLASH(64, 3)
-FLASH(128, 2)
+FLASH_BUFFERS(64, 3)
+FLASH_BUFFERS(96, 2) // SigLIP's heads are 72 wide
+FLASH_BUFFERS(128, 2)
+FLASH_CACHES(64, 3)
+FLASH_CACHES(128, 2)

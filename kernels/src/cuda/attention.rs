@@ -17,8 +17,9 @@ pub(super) const WIDEST_HEAD: usize = 512;
 const CHUNK: usize = 128;
 const GROUP: usize = 16;
 const WIDEST: usize = 128;
-/// The widest head of the narrower kernels of cuda/flash.cu.
+/// The widest heads of the narrower kernels of cuda/flash.cu, the second of them over buffers alone.
 const NARROW: usize = 64;
+const MIDDLE: usize = 96;
 
 /// What the blocks of one decoding step leave for the last of them.
 #[derive(Debug, Default)]
@@ -72,6 +73,15 @@ pub(crate) fn rounded_keys(shape: &AttentionShape) -> Option<[usize; 2]> {
     Some([scales.checked_mul(shape.head_dim)?, scales])
 }
 
+/// How wide cuda/flash.cu computes a head.
+pub(crate) fn flash_width(head_dim: usize, in_cache: bool) -> usize {
+    match head_dim {
+        0..=NARROW => NARROW,
+        0..=MIDDLE if !in_cache => MIDDLE,
+        _ => WIDEST,
+    }
+}
+
 /// The grid of cuda/flash.cu for this shape, where its kernels do this.
 fn flash_grid(device: &CudaDevice, shape: &AttentionShape) -> Option<Grid> {
     const QUERIES: usize = 64;
@@ -93,23 +103,25 @@ pub(super) fn attention(
     let width = shape.key_heads * shape.head_dim;
     let (heads, keys) = (shape.head_dim as i64, width as i64);
     let strides = Strides { batches: (shape.keys * width) as i64, heads, keys };
-    let narrow = shape.head_dim <= NARROW;
+    let width = shape.head_dim;
     let [q, k, v, out] = [&q.data, &k.data, &v.data, &out.data].map(|slice| address(slice, 0));
     match (flash_grid(device, &shape), shape.rounding) {
         (Some(grid), Rounding::Bytes) => {
             let _sequence = device.sequence();
             let [codes, scales] = round_keys(device, k, &shape)?;
             let shape = Shape::new(device, OP, &shape)?;
-            match narrow {
-                true => run!(device, OP, flash_keys_i8_64, grid, q, codes, v, scales, shape, strides, out),
-                false => run!(device, OP, flash_keys_i8_128, grid, q, codes, v, scales, shape, strides, out),
+            match flash_width(width, false) {
+                NARROW => run!(device, OP, flash_keys_i8_64, grid, q, codes, v, scales, shape, strides, out),
+                MIDDLE => run!(device, OP, flash_keys_i8_96, grid, q, codes, v, scales, shape, strides, out),
+                _ => run!(device, OP, flash_keys_i8_128, grid, q, codes, v, scales, shape, strides, out),
             }
         }
         (Some(grid), Rounding::Halves) => {
             let shape = Shape::new(device, OP, &shape)?;
-            match narrow {
-                true => run!(device, OP, flash_f32_64, grid, q, k, v, shape, strides, out),
-                false => run!(device, OP, flash_f32_128, grid, q, k, v, shape, strides, out),
+            match flash_width(width, false) {
+                NARROW => run!(device, OP, flash_f32_64, grid, q, k, v, shape, strides, out),
+                MIDDLE => run!(device, OP, flash_f32_96, grid, q, k, v, shape, strides, out),
+                _ => run!(device, OP, flash_f32_128, grid, q, k, v, shape, strides, out),
             }
         }
         _ => {

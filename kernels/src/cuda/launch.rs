@@ -39,7 +39,7 @@ kernels! {
     decode: decode_f16 decode_i8;
     decoder: decoder_layer_i4 decoder_layer_i8 set_position;
     elementwise: activate copy add multiply add_positions embed weighted_sum mean_rows scale_groups;
-    flash: flash_f32_64 flash_f32_128 flash_keys_i8_64 flash_keys_i8_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
+    flash: flash_f32_64 flash_f32_96 flash_f32_128 flash_keys_i8_64 flash_keys_i8_96 flash_keys_i8_128 flash_f16_64 flash_f16_128 flash_i8_64 flash_i8_128;
     float: float_matvec_1 float_matvec_8 float_matmul;
     half: to_half matmul_f16;
     linear: linear;

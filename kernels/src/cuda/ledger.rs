@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::attention::flash_width;
 use super::layers::{self, FEW_ROWS, LAYERS};
 use crate::choice::{self, Allowed, Choice};
 use crate::device::{
@@ -276,18 +277,19 @@ impl LedgerDevice {
     }
 
     /// What keys are for tensor cores, where they can do this: f16 is multiplied at half the speed of bytes, and values are f16.
-    fn attend(&self, kernel: &'static str, shape: &AttentionShape, key_bytes: f64, rounding: Rounding) {
+    fn attend(&self, kernel: &'static str, shape: &AttentionShape, key_bytes: f64, rounding: Rounding, in_cache: bool) {
         let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, .. } = *shape;
         let seen = if causal { keys as f64 - (queries as f64 - 1.0) / 2.0 } else { keys as f64 };
         let operations = 4.0 * (batch * queries * heads * head_dim) as f64 * seen;
         let own = 2.0 * F32 * (batch * queries * heads * head_dim) as f64;
         let cached = batch as f64 * keys as f64 * key_heads as f64 * key_bytes;
+        let padded = operations * (flash_width(head_dim, in_cache) as f64 / head_dim as f64);
         match rounding {
             Rounding::Halves if queries > 1 && self.has_tensor_cores() => {
-                self.launch("flash", own + cached, 2.0 * operations, 0.0)
+                self.launch("flash", own + cached, 2.0 * padded, 0.0)
             }
             Rounding::Bytes if queries > 1 && self.has_tensor_cores() => {
-                self.launch("flash", own + cached, 1.5 * operations, 0.0)
+                self.launch("flash", own + cached, 1.5 * padded, 0.0)
             }
             _ => self.launch(kernel, own + cached, 0.0, operations),
         }
@@ -479,7 +481,7 @@ impl Device for LedgerDevice {
             self.launch("round_keys", each * (F32 * head_dim as f64 + code_bytes), 0.0, 3.0 * each * head_dim as f64);
             key_bytes = code_bytes + F32 * head_dim as f64;
         }
-        self.attend("attention", &shape, key_bytes, rounding);
+        self.attend("attention", &shape, key_bytes, rounding, false);
         Ok(())
     }
 
@@ -536,7 +538,7 @@ impl Device for LedgerDevice {
             CacheType::F16 => Rounding::Halves,
             CacheType::I8 => Rounding::Bytes,
         };
-        self.attend("cache_attention", &shape, bytes, rounding);
+        self.attend("cache_attention", &shape, bytes, rounding, true);
         Ok(())
     }
 

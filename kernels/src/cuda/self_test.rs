@@ -306,7 +306,7 @@ fn volumes<D: Device>(
     device.bilinear(&x, 2, (6, 4), (9, 3), channels, &mut out)?;
     keep("bilinear", &out)?;
     for rounding in [Rounding::None, Rounding::Halves, Rounding::Bytes] {
-        for head_dim in [16, 80] {
+        for head_dim in [16, 80, 100] {
             let (batch, queries, keys, heads) = (2, 5, 7, 2);
             let (q, k) = (buffer(batch * queries * heads * head_dim, 6)?, buffer(batch * keys * heads * head_dim, 7)?);
             let (key_heads, causal, scale) = (heads, false, 0.25);

@@ -145,7 +145,11 @@ fn check(machine: &mut Machine, shape: Shape, kind: Type, in_cache: bool, fast: 
     let (argument, out) = (Fields::default().ints(&ints).float(scale), machine.output(4 * q.len()));
     let of_kind = if kind == Type::KeysI8 { "keys_i8".to_owned() } else { format!("{kind:?}").to_lowercase() };
     let (family, kernel, grid) = if fast {
-        let wide = if width <= 64 { 64 } else { 128 };
+        let wide = match width {
+            0..=64 => 64,
+            0..=96 if !in_cache => 96,
+            _ => 128,
+        };
         let grid = Grid([queries.div_ceil(64), heads, batch], THREADS, 0);
         ("flash", format!("flash_{of_kind}_{wide}"), grid)
     } else {
