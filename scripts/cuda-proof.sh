@@ -30,7 +30,7 @@ for package in candor-kernels:kernels candor:runtime; do
     # shellcheck disable=SC2086
     [ -z "$options" ] || run -p "${package%%:*}" $options --
 done
-run -p candor-tests --test parity -- cuda::
+run -p candor-tests --test parity -- cuda:: fallback::
 
 # Training on a GPU has no tests without one, and still has to compile.
 echo "cuda-proof: candor-tools with the feature cuda"

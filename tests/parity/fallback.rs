@@ -1,4 +1,5 @@
-//! Where `auto` took a GPU and it fails, the processor goes on with the same window. On the stand-in driver.
+//! The default model on a GPU says what it says on the processor, and where `auto` took a GPU and it fails, the processor goes on
+//! with the same window. On the stand-in driver.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -55,6 +56,27 @@ fn observe(device: Chosen, order: Order) -> anyhow::Result<Vec<serde_json::Value
         found.push(value);
     }
     Ok(found)
+}
+
+/// The layers of this model differ in depth, and faces are cut out and scaled on the GPU.
+#[test]
+#[ignore = "takes minutes: make cuda-proof"]
+fn a_gpu_says_what_the_processor_says() {
+    stand_in::alone("fallback::a_gpu_says_what_the_processor_says", "", false, || {
+        let of = |device| observe(device, order(Choice::Auto)).expect("the model watches");
+        let [on_cpu, on_gpu] = [Chosen::Cpu(CpuDevice::new(Some(2))), Chosen::Cuda(stand_in::device())].map(of);
+        for (mut expected, mut found) in on_cpu.into_iter().zip(on_gpu) {
+            for name in ["probabilities", "fast_probabilities"] {
+                let mut take = |of: &mut serde_json::Value| of.as_object_mut().expect("an object").remove(name);
+                let (expected, found) = (take(&mut expected).expect(name), take(&mut found).expect(name));
+                for (label, expected) in expected.as_object().expect("an object") {
+                    let apart = found[label].as_f64().expect(label) - expected.as_f64().expect(label);
+                    assert!(apart.abs() < 0.01, "{name} of {label}: {found}, not {expected}");
+                }
+            }
+            assert_eq!(found, expected);
+        }
+    });
 }
 
 #[test]
