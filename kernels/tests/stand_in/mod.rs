@@ -118,7 +118,7 @@ pub(crate) fn alone(name: &str, state: &str, lazy: bool, body: impl FnOnce()) ->
         std::process::exit(0);
     }
     let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", name, "--include-ignored", "--nocapture", "--test-threads=1"]).env(CHILD, name);
+    command.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(CHILD, name);
     command.env("CUDA_STANDIN", state).env("CUDA_STANDIN_LAZY", if lazy { "1" } else { "0" });
     command.env_remove("CANDOR_TEST_GPU");
     let output = command.output().expect("it starts");
