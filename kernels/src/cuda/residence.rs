@@ -54,6 +54,8 @@ pub(super) struct Residence {
     unpinned: bool,
     uploaded: usize,
     mapped: usize,
+    /// Those of matrices that tensor cores do not multiply.
+    plain: usize,
 }
 
 impl Residence {
@@ -61,7 +63,7 @@ impl Residence {
     pub(super) fn begin(&mut self, gpu: &Gpu, bytes: usize) {
         if self.loads == 0 {
             self.arenas.settle();
-            (self.uploaded, self.mapped, self.expected) = (0, 0, 0);
+            (self.uploaded, self.mapped, self.plain, self.expected) = (0, 0, 0, 0);
         }
         self.loads += 1;
         match gpu.maps && !self.refused {
@@ -89,7 +91,20 @@ impl Residence {
             let plural = if arenas == 1 { "" } else { "s" };
             log::info!("weights: {uploaded:.0} MB uploaded{through}, in {arenas} new arena{plural}");
         }
+        // Small matrices in f32 are in most models.
+        if gpu.capability.0 >= 8 && self.plain > (self.uploaded + self.mapped) / 4 {
+            log::warn!(
+                "weights: {:.0} MB are in f32 or bf16, which prompts and towers multiply without tensor cores, and slowly: \
+                 candor-tools quantize stores them in bytes",
+                megabytes(self.plain)
+            );
+        }
         copied
+    }
+
+    /// A matrix comes that tensor cores do not multiply.
+    pub(super) fn count_plain(&mut self, bytes: usize) {
+        self.plain += bytes;
     }
 
     /// Bytes of somebody's, who may let go of them if they are uploaded.

@@ -4,8 +4,9 @@ use cudarc::driver::DeviceRepr;
 
 use super::CudaDevice;
 use super::driver::failed;
+use super::layers::rounding;
 use super::residence::Place;
-use crate::device::Result;
+use crate::device::{Result, Rounding};
 use crate::tensor::{DType, HostTensor};
 
 /// `Weight` of cuda/common.cuh.
@@ -58,6 +59,9 @@ impl CudaWeight {
         let ((bytes, range), gpu) = (tensor.kept(), &device.inner.gpu);
         let len = range.len();
         let data = device.residence().place(gpu, bytes, range).map_err(failed(OP, len))?;
+        if rows > 1 && depth > 1 && rounding(dtype) == Rounding::None {
+            device.residence().count_plain(len);
+        }
         let mut argument = WeightArgument {
             data: data.address(),
             row_bytes: row_bytes as i64,
