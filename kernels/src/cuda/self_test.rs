@@ -4,7 +4,7 @@ use super::{CudaDevice, CudaError};
 use crate::choice::{Allowed, Choice};
 use crate::cpu::CpuDevice;
 use crate::device::{
-    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, Result, Rounding, Unfold,
+    Activation, AttentionShape, CacheType, DecoderBuffers, DecoderLayer, Device, DeviceError, Result, Rounding, Unfold,
 };
 use crate::pixels::{Cut, Format, Outside, Picture, Pixels, Yuv};
 use crate::scales::Scales;
@@ -18,12 +18,19 @@ impl CudaDevice {
     /// Runs every kernel once, and holds the results against the CPU's.
     ///
     /// # Errors
-    /// [`CudaError::SelfTest`] names the first operation that differs.
+    /// [`CudaError::SelfTest`] names the first operation that differs or fails; a GPU without memory, or one that is lost, is told
+    /// as that.
     pub fn self_test(&self) -> std::result::Result<(), CudaError> {
         let failed = |what: &str| CudaError::SelfTest { what: what.to_owned() };
-        let expected = outputs(&CpuDevice::new(Some(1))).map_err(|error| failed(&error.to_string()))?;
+        let stopped = |error: DeviceError| match error {
+            // No fault of a kernel.
+            DeviceError::GpuOutOfMemory { source, .. }
+            | DeviceError::Cuda { source: source @ CudaError::Lost(_), .. } => source,
+            error => failed(&error.to_string()),
+        };
+        let expected = outputs(&CpuDevice::new(Some(1))).map_err(stopped)?;
         for device in [self.clone(), self.clone().exact()] {
-            let found = outputs(&device).map_err(|error| failed(&error.to_string()))?;
+            let found = outputs(&device).map_err(stopped)?;
             for ((name, found), (_, expected)) in found.iter().zip(&expected) {
                 if !are_near(found, expected) {
                     return Err(failed(name));
@@ -32,7 +39,7 @@ impl CudaDevice {
         }
         for dtype in [DType::I4, DType::I8] {
             // The steps were held against the CPU's above.
-            let outputs = decoder_layer(self, dtype).map_err(|error| failed(&error.to_string()))?;
+            let outputs = decoder_layer(self, dtype).map_err(stopped)?;
             if outputs.is_some_and(|[at_once, in_steps]| !are_near(&at_once, &in_steps)) {
                 return Err(failed(&format!("a decoder layer of {dtype}")));
             }
