@@ -4,8 +4,8 @@
 mod suite;
 
 use candor_kernels::cpu::CpuDevice;
-use candor_kernels::{AttentionShape, Device, Rounding};
-use suite::attention::{ALLOWED, Hardness, SHAPES, buffer, expected, input, worst};
+use candor_kernels::{Device, Rounding};
+use suite::attention::{ALLOWED, Hardness, SHAPES, buffer, expected, input, shape, worst};
 
 fn devices() -> Vec<CpuDevice> {
     CpuDevice::levels().into_iter().filter_map(|level| CpuDevice::with_level(Some(3), level)).collect()
@@ -13,19 +13,8 @@ fn devices() -> Vec<CpuDevice> {
 
 #[test]
 fn bytes_are_near_the_definition() {
-    for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape {
-            batch,
-            queries,
-            keys,
-            heads,
-            key_heads,
-            head_dim,
-            causal,
-            scale,
-            rounding: Rounding::Bytes,
-        };
+    for (number, sizes) in SHAPES.into_iter().enumerate() {
+        let shape = shape(sizes, Rounding::Bytes);
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
             let input = input(number as u64, hardness, shape);
             let (expected, size) = expected(&input);

@@ -212,18 +212,8 @@ fn attention<D: Device>(
     let mut copy = device.cache(kind, 150, key_heads, head_dim)?;
     device.cache_copy(&cache, &mut copy, rows)?;
     for (queries, causal) in [(1, true), (3, true)] {
-        let scale = 0.125;
-        let shape = AttentionShape {
-            batch: 1,
-            queries,
-            keys: rows,
-            heads,
-            key_heads,
-            head_dim,
-            causal,
-            scale,
-            rounding: Rounding::None,
-        };
+        let (keys, scale, rounding) = (rows, 0.125, Rounding::None);
+        let shape = AttentionShape { batch: 1, queries, keys, heads, key_heads, head_dim, causal, scale, rounding };
         let mut out = device.allocate(queries * heads * head_dim)?;
         device.cache_attention(&q, &copy, shape, &mut out)?;
         keep(&format!("attention of {queries} to a cache of {kind:?}"), &out)?;

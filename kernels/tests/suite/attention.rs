@@ -92,8 +92,18 @@ pub(crate) fn worst<D: Device>(device: &D, out: &D::Buffer, expected: &[f64]) ->
 /// a query's likewise: with 64 channels that is an error of some hundredths in a score, and as much, relatively, in a weight.
 pub(crate) const ALLOWED: f64 = 0.03;
 
-pub(crate) const SHAPES: [(usize, usize, usize, usize, usize, usize, bool); 11] = [
-    // batch, queries, keys, heads, key heads, head width, causal
+/// Of an attention: batch, queries, keys, heads, key heads, width of a head, and whether it is causal.
+pub(crate) type Sizes = (usize, usize, usize, usize, usize, usize, bool);
+
+pub(crate) fn shape(
+    (batch, queries, keys, heads, key_heads, head_dim, causal): Sizes,
+    rounding: Rounding,
+) -> AttentionShape {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounding }
+}
+
+pub(crate) const SHAPES: [Sizes; 11] = [
     (1, 1, 1, 2, 1, 64, true),
     (1, 1, 37, 14, 2, 64, true),
     (1, 1, 1500, 14, 2, 64, true),
@@ -108,22 +118,12 @@ pub(crate) const SHAPES: [(usize, usize, usize, usize, usize, usize, bool); 11] 
 ];
 
 pub(crate) fn caches_are_near_the_definition_however_they_are_filled<D: Device>(device: &D) {
-    for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
+    for (number, sizes) in SHAPES.into_iter().enumerate() {
+        let shape = shape(sizes, Rounding::None);
+        let AttentionShape { batch, keys, key_heads, head_dim, .. } = shape;
         if batch > 1 {
             continue;
         }
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape {
-            batch,
-            queries,
-            keys,
-            heads,
-            key_heads,
-            head_dim,
-            causal,
-            scale,
-            rounding: Rounding::None,
-        };
         let width = key_heads * head_dim;
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
             let input = input(100 + number as u64, hardness, shape);
@@ -192,12 +192,10 @@ pub(crate) fn caches_refuse_what_they_cannot_hold<D: Device>(device: &D) {
 
 /// Attention whose queries and keys may be rounded.
 pub(crate) fn rounded_attention_is_near_the_definition<D: Device>(device: &D) {
-    for (number, (batch, queries, keys, heads, key_heads, head_dim, causal)) in SHAPES.into_iter().enumerate() {
-        let scale = 1.0 / (head_dim as f32).sqrt();
+    for (number, sizes) in SHAPES.into_iter().enumerate() {
         for hardness in [Hardness::Plain, Hardness::Outliers, Hardness::Dominant, Hardness::Equal] {
             for (rounding, allowed) in [(Rounding::None, 2e-5), (Rounding::Halves, 4e-3), (Rounding::Bytes, ALLOWED)] {
-                let shape =
-                    AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, rounding };
+                let shape = shape(sizes, rounding);
                 let input = input(number as u64, hardness, shape);
                 let (expected, size) = expected(&input);
                 let (q, k, v) = (buffer(device, &input.q), buffer(device, &input.k), buffer(device, &input.v));

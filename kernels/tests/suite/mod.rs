@@ -400,8 +400,7 @@ pub(crate) fn rope<D: Device>(device: &D) {
 
 pub(crate) fn attention<D: Device>(device: &D) {
     let mut t = test(device);
-    // batch, queries, keys, heads, key heads, width, causal
-    let shapes = [
+    let shapes: [attention::Sizes; 9] = [
         (1, 1, 1, 1, 1, 1, false),
         (1, 1, 37, 4, 2, 16, true),
         (2, 3, 21, 3, 3, 20, false),
@@ -412,19 +411,9 @@ pub(crate) fn attention<D: Device>(device: &D) {
         (1, 64, 65, 6, 6, 64, false),
         (0, 2, 2, 1, 1, 4, false),
     ];
-    for (batch, queries, keys, heads, key_heads, head_dim, causal) in shapes {
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape {
-            batch,
-            queries,
-            keys,
-            heads,
-            key_heads,
-            head_dim,
-            causal,
-            scale,
-            rounding: Rounding::None,
-        };
+    for sizes in shapes {
+        let shape = attention::shape(sizes, Rounding::None);
+        let AttentionShape { batch, queries, keys, heads, key_heads, head_dim, causal, scale, .. } = shape;
         let q = t.numbers(batch * queries * heads * head_dim);
         // Caches longer than they are filled.
         let (k, v) = (

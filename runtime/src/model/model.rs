@@ -234,6 +234,9 @@ impl<D: Device> Model<D> {
     }
 
     /// The log-mel features of samples, `[mels, 2 · positions]`, as [`Self::audio_states_of`] makes them.
+    ///
+    /// # Errors
+    /// The same.
     pub fn log_mel(&mut self, samples: &[f32]) -> Result<Vec<f32>, ModelError> {
         self.audio.as_mut().ok_or_else(no_audio)?.log_mel(&self.device, samples)
     }

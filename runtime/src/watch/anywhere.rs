@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use candor_kernels::Device;
 use candor_kernels::cpu::CpuDevice;
 use candor_kernels::cuda::{CudaDevice, CudaError};
 
@@ -131,11 +132,7 @@ impl Order {
         if let Some(available) = self.available {
             Plan::new(&self.model, &self.verifier, device.clone(), Pictures::default())?.check(available())?;
         }
-        let mut watcher = Watcher::open(&self.model, Some(&self.verifier), device, self.settings)?;
-        if let Some(adapter) = &self.adapter {
-            watcher.adapt(adapter)?;
-        }
-        Ok(On::Cpu(Box::new(watcher)))
+        Ok(On::Cpu(self.watcher(device)?))
     }
 
     fn on_gpu(&self, device: CudaDevice) -> Result<On, AnyWatcherError> {
@@ -144,11 +141,15 @@ impl Order {
             let free = gpu_memory(&device).map_err(|error| WatchError::Model(error.into()))?;
             plan.check_with_gpu(available(), free)?;
         }
+        Ok(On::Cuda(self.watcher(device)?))
+    }
+
+    fn watcher<D: Device>(&self, device: D) -> Result<Box<Watcher<D>>, WatchError> {
         let mut watcher = Watcher::open(&self.model, Some(&self.verifier), device, self.settings)?;
         if let Some(adapter) = &self.adapter {
             watcher.adapt(adapter)?;
         }
-        Ok(On::Cuda(Box::new(watcher)))
+        Ok(Box::new(watcher))
     }
 
     /// Why the processor is to take the GPU's place, where it may and the error is the GPU's.
