@@ -137,7 +137,8 @@ pub fn set_exact(exact: bool) {
 /// calling thread, or on the GPU that was chosen ([`products`](super::products)).
 pub fn multiply(c: &mut [f32], rows: usize, columns: usize, depth: usize, a: Matrix, b: Matrix, accumulate: bool) {
     static ALONE: LazyLock<ThreadPool> = LazyLock::new(|| ThreadPool::new(Some(1)));
-    if super::products::multiply(c, rows, columns, depth, a, b, accumulate) {
+    let on_gpu = super::products::for_product(rows * columns * depth);
+    if on_gpu.is_some_and(|gpu| gpu.multiply(c, rows, columns, depth, a, b, accumulate)) {
         return;
     }
     let precision = if EXACT.load(Ordering::Relaxed) { Precision::F32 } else { Precision::Bf16 };

@@ -107,12 +107,12 @@ fn open(ordinal: usize, exact: bool) -> Result<Products, TrainDeviceError> {
     candle_core::cuda::set_gemm_reduced_precision_f32(!exact);
     let opened = caught(|| {
         let products = Products::new(Device::new_cuda_with_stream(ordinal)?);
-        let (a, mut c) = ([1.0, 2.0, 3.0, 4.0], [0.0; 4]);
-        products.product(&mut c, 2, 2, 2, Matrix::new(&a, 2), Matrix::transposed(&a, 2), false)?;
+        let a = [1.0, 2.0, 3.0, 4.0];
+        let c = products.product([2, 2, 2], Matrix::new(&a, 2), Matrix::transposed(&a, 2))?;
         Ok((products, c))
     });
     match opened {
-        Ok((products, [5.0, 11.0, 11.0, 25.0])) => Ok(products),
+        Ok((products, c)) if c == [5.0, 11.0, 11.0, 25.0] => Ok(products),
         Ok((_, wrong)) => Err(TrainDeviceError::Failed(format!("it computes {wrong:?} in place of [5, 11, 11, 25]"))),
         Err(error) => Err(TrainDeviceError::Failed(error)),
     }
@@ -158,19 +158,9 @@ fn is_kept(place: &Range<usize>) -> bool {
     kept.iter().any(|kept| kept.start <= place.start && place.end <= kept.end)
 }
 
-/// Computes `c = a · b` (or `c += a · b`) on the GPU that was chosen. False where there is none, where the product is too
-/// small to be worth it, or where the GPU has failed; `c` is as it was then.
-pub(super) fn multiply(
-    c: &mut [f32],
-    rows: usize,
-    columns: usize,
-    depth: usize,
-    a: Matrix,
-    b: Matrix,
-    accumulate: bool,
-) -> bool {
-    let Some(products) = CHOSEN.get() else { return false };
-    rows * columns * depth >= WORTH_IT && products.multiply(c, rows, columns, depth, a, b, accumulate)
+/// The GPU that was chosen, if there is one and so many multiplications are worth it.
+pub(super) fn for_product(multiplications: usize) -> Option<&'static Products> {
+    CHOSEN.get().filter(|_| multiplications >= WORTH_IT)
 }
 
 /// What a caught panic or an error of candle says.
@@ -221,36 +211,29 @@ impl Products {
         if self.failed.load(Ordering::Relaxed) {
             return false;
         }
-        let done = caught(|| self.product(c, rows, columns, depth, a, b, accumulate));
-        if let Err(error) = &done
-            && !self.failed.swap(true, Ordering::Relaxed)
-        {
-            log::warn!("the GPU failed in training ({error}); the processor goes on");
-        }
-        done.is_ok()
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn product(
-        &self,
-        c: &mut [f32],
-        rows: usize,
-        columns: usize,
-        depth: usize,
-        a: Matrix,
-        b: Matrix,
-        accumulate: bool,
-    ) -> candle_core::Result<()> {
-        let _turn = lock(&self.turn);
-        let product = self.operand(a, rows, depth)?.matmul(&self.operand(b, depth, columns)?)?;
-        let product = product.flatten_all()?.to_vec1::<f32>()?;
+        let product = match caught(|| self.product([rows, columns, depth], a, b)) {
+            Ok(product) => product,
+            Err(error) => {
+                if !self.failed.swap(true, Ordering::Relaxed) {
+                    log::warn!("the GPU failed in training ({error}); the processor goes on");
+                }
+                return false;
+            }
+        };
         let c = &mut c[..rows * columns];
         if accumulate {
             c.iter_mut().zip(&product).for_each(|(c, product)| *c += product);
         } else {
             c.copy_from_slice(&product);
         }
-        Ok(())
+        true
+    }
+
+    /// `a · b`, as in [`Self::multiply`].
+    fn product(&self, [rows, columns, depth]: [usize; 3], a: Matrix, b: Matrix) -> candle_core::Result<Vec<f32>> {
+        let _turn = lock(&self.turn);
+        let product = self.operand(a, rows, depth)?.matmul(&self.operand(b, depth, columns)?)?;
+        product.flatten_all()?.to_vec1()
     }
 
     /// An operand, `[rows, columns]` as the product reads it.
